@@ -1,0 +1,116 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "kernels/arena.hpp"
+#include "kernels/stream.hpp"
+#include "src/base/error.hpp"
+#include "src/base/tensor.hpp"
+
+namespace arcus {
+
+enum class ReduceOp { sum, max, min };
+
+/// Rows sent to and received from every rank. Counts and offsets are in rows, one entry per rank;
+/// they and the buffers must live until the exchange is complete.
+struct AllToAllV {
+  const void* send = nullptr;
+  std::span<const std::int64_t> send_counts, send_offsets;
+  void* recv = nullptr;
+  std::span<const std::int64_t> recv_counts, recv_offsets;
+  std::int64_t row_bytes = 0;
+};
+
+struct AllReduce {
+  TensorView buffer;  ///< contiguous, in place
+  ReduceOp op = ReduceOp::sum;
+};
+
+/// Every rank's part is `counts[rank]` elements at `offsets[rank]` of `buffer`; in place.
+struct AllGatherV {
+  TensorView buffer;  ///< [1, n]
+  std::span<const std::int64_t> counts, offsets;
+};
+
+/// buffer = sum over ranks; afterwards rank r's part (counts[r] elements at offsets[r]) holds the
+/// sum, the rest is unspecified. In place.
+struct ReduceScatterV {
+  TensorView buffer;  ///< [1, n]
+  std::span<const std::int64_t> counts, offsets;
+};
+
+struct Broadcast {
+  TensorView buffer;
+  int root = 0;
+};
+
+struct CommunicatorOptions {
+  bool reproducible = true;  ///< refuse reductions of floating-point numbers
+  bool checked = false;      ///< verify that all ranks make the same call (costs a small exchange)
+};
+
+/// Collectives of a fixed set of ranks. Every rank makes the same calls in the same order; calls
+/// are ordered on the stream given and return an Event, which `Stream::wait` completes. The public
+/// functions check their arguments (both values in the message); backends move bytes. At most one
+/// unfinished all_to_all_v per communicator.
+class Communicator {
+ public:
+  virtual ~Communicator() = default;
+  Communicator(const Communicator&) = delete;
+  Communicator& operator=(const Communicator&) = delete;
+
+  int rank() const { return rank_; }
+  int size() const { return size_; }
+  const CommunicatorOptions& options() const { return options_; }
+
+  Event all_to_all_v(Stream& stream, const AllToAllV& args);
+  Event all_reduce(Stream& stream, const AllReduce& args);
+  Event all_gather_v(Stream& stream, const AllGatherV& args);
+  Event reduce_scatter_v(Stream& stream, const ReduceScatterV& args);
+  Event broadcast(Stream& stream, const Broadcast& args);
+  void barrier(Stream& stream);
+  /// Ranks with the same colour form a communicator, ordered by (key, rank).
+  std::unique_ptr<Communicator> split(int color, int key);
+  /// Memory for rows that will be exchanged; may be shared or registered with the transport.
+  virtual Arena allocate_rows(std::string name, std::int64_t bytes);
+  /// Ends all ranks of the job with this rank's message. Does not return.
+  [[noreturn]] virtual void abort(ExitCode code, std::string_view message) = 0;
+  /// Ranks per node seen by this communicator's rank: the first rank of its node, for placement.
+  virtual int node_local_rank() const { return rank_; }
+  virtual int node_size() const { return size_; }
+
+  /// Bytes this rank has sent to other ranks, since the start.
+  std::int64_t sent_bytes() const { return sent_bytes_; }
+
+ protected:
+  Communicator(int rank, int size, CommunicatorOptions options)
+      : rank_(rank), size_(size), options_(options) {}
+  virtual Event do_all_to_all_v(const AllToAllV& args) = 0;
+  virtual Event do_all_reduce(const AllReduce& args) = 0;
+  virtual Event do_all_gather_v(const AllGatherV& args) = 0;
+  virtual Event do_reduce_scatter_v(const ReduceScatterV& args) = 0;
+  virtual Event do_broadcast(const Broadcast& args) = 0;
+  virtual void do_barrier() = 0;
+  virtual std::unique_ptr<Communicator> do_split(int color, int key) = 0;
+
+ private:
+  int rank_;
+  int size_;
+  CommunicatorOptions options_;
+  std::int64_t sent_bytes_ = 0;
+};
+
+/// All ranks' texts, in rank order, on every rank; and rank `root`'s text on every rank.
+std::vector<std::string> gather_texts(Communicator& comm, Stream& stream, std::string_view text);
+std::string broadcast_text(Communicator& comm, Stream& stream, std::string_view text, int root = 0);
+/// Runs `fn` on every rank; if it threw on some rank, all ranks throw the error of the lowest such
+/// rank, its number in front. Use it where a rank may fail between two collectives.
+void agree_on_errors(Communicator& comm, Stream& stream, const std::function<void()>& fn);
+
+}  // namespace arcus

@@ -1,0 +1,31 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "comm/communicator.hpp"
+
+namespace arcus {
+
+/// Where a rank stands; names in the message of a stuck run.
+struct Heartbeat {
+  std::int64_t step = 0;
+  std::int64_t layer = 0;
+  std::int64_t sequence = 0;   ///< collectives so far
+  char collective[24] = {};    ///< the one entered last, empty outside
+};
+
+/// A thread with a communicator of its own that collects every rank's heartbeat. When no rank has
+/// moved for `stuck_after_s` seconds it names who is late and where, and ends its own process (exit
+/// code 69); it does the same when other ranks are gone. No launcher is relied on.
+class Watchdog {
+ public:
+  virtual ~Watchdog() = default;
+  /// Called by the trainer as it goes; cheap, callable from the training thread only.
+  virtual void beat(std::int64_t step, std::int64_t layer, const char* what) = 0;
+};
+/// `world` must be an MPI communicator (any other gives a watchdog that does nothing). Collective.
+std::unique_ptr<Watchdog> make_watchdog(Communicator& world, double stuck_after_s);
+
+}  // namespace arcus

@@ -1,0 +1,50 @@
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <exception>
+
+#include "kernels/stream.hpp"
+
+namespace arcus::cpu {
+
+/// Calls fn(task, thread) for task = 0..num_tasks-1 on the stream's threads, tasks taken in order as
+/// threads come free. Thread 0 polls the stream's pending exchange between tasks. An exception ends
+/// the loop and is thrown again on the calling thread.
+template <class Fn>
+void parallel_tasks(Stream& stream, std::int64_t num_tasks, Fn&& fn) {
+  if (num_tasks <= 0) return;
+  if (stream.num_threads() == 1 || num_tasks == 1) {
+    for (std::int64_t task = 0; task < num_tasks; ++task) {
+      fn(task, 0);
+      stream.poll();
+    }
+    return;
+  }
+  std::exception_ptr error;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(stream.num_threads())
+  for (std::int64_t task = 0; task < num_tasks; ++task) {
+    try {
+      fn(task, omp_get_thread_num());
+      if (omp_get_thread_num() == 0) stream.poll();
+    } catch (...) {
+#pragma omp critical(arcus_parallel_error)
+      error = std::current_exception();
+    }
+  }
+  if (error) std::rethrow_exception(error);
+}
+
+/// Rows cut into pieces of at least `grain` rows: fn(begin, end, thread).
+template <class Fn>
+void parallel_rows(Stream& stream, std::int64_t rows, std::int64_t grain, Fn&& fn) {
+  const std::int64_t most = std::max<std::int64_t>(1, rows / std::max<std::int64_t>(1, grain));
+  const std::int64_t pieces = std::min<std::int64_t>(most, 4L * stream.num_threads());
+  parallel_tasks(stream, rows > 0 ? pieces : 0, [&](std::int64_t piece, int thread) {
+    fn(rows * piece / pieces, rows * (piece + 1) / pieces, thread);
+  });
+}
+
+}  // namespace arcus::cpu

@@ -1,0 +1,82 @@
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "kernels/gradient.hpp"
+
+namespace arcus {
+
+/// Matrix products whose bits depend on shapes alone. Every product is cut into row tiles (forward
+/// and dgrad: 256 rows and an exact tail; under AMX one fixed, zero-padded height) or, for a weight
+/// gradient, into tiles of 512 rows of dW over K = all rows of the leaf, zero-padded to a multiple
+/// of 32. Each tile runs on one thread; threads share out tiles. f32, bf16 (f32 sums) and f64.
+
+/// y = x W^T [+ bias] (+ y where `accumulate`).
+struct Linear {
+  TensorView y;            ///< [T, out], compute type or accumulate type
+  ConstTensorView x;       ///< [T, in], compute type
+  ConstTensorView weight;  ///< [out, in], x's type
+  ConstTensorView bias;    ///< [1, out] accumulate type, or empty
+};
+ARCUS_DECLARE_OP(linear_forward, Linear)
+
+/// dx = dy W.
+struct LinearDgrad {
+  TensorView dx;           ///< [T, in], compute or accumulate type
+  ConstTensorView dy;      ///< [T, out]
+  ConstTensorView weight;  ///< [out, in]
+};
+ARCUS_DECLARE_OP(linear_dgrad, LinearDgrad)
+
+/// leaf = dy^T x, added to `dweight`, one leaf of `micro_batch`. dy's rows T..round_up(T, 32) must
+/// be readable and are set to zero by this op; x's must be readable and finite.
+struct LinearWgrad {
+  GradientSum dweight;  ///< [out, in]
+  TensorView dy;        ///< [T, out], padding rows behind it
+  ConstTensorView x;    ///< [T, in], padding rows behind it
+  std::int64_t micro_batch = 0;
+};
+ARCUS_DECLARE_OP(linear_wgrad, LinearWgrad)
+
+/// Rows to which the number of rows of any wgrad operand is padded.
+inline constexpr std::int64_t kWgradRowPadding = 32;
+inline std::int64_t padded_rows(std::int64_t rows) {
+  return (rows + kWgradRowPadding - 1) / kWgradRowPadding * kWgradRowPadding;
+}
+
+/// Leaf of a bias: dy's columns summed over tokens, f64 over blocks of 64 rows, blocks in order,
+/// rounded once.
+struct BiasGrad {
+  GradientSum dbias;   ///< [1, out]
+  ConstTensorView dy;  ///< [T, out] compute or accumulate type
+  std::int64_t micro_batch = 0;
+};
+ARCUS_DECLARE_OP(bias_grad, BiasGrad)
+
+/// One matrix product that may occur in a step, for building primitives before the first one.
+enum class GemmKind { forward, dgrad, wgrad };
+struct GemmShape {
+  GemmKind kind = GemmKind::forward;
+  DType dtype = DType::f32;         ///< of the operands
+  DType result_dtype = DType::f32;  ///< of y or dx (wgrad: always the accumulate type)
+  std::int64_t out = 0, in = 0;     ///< the weight's shape
+  std::int64_t x_stride = 0;        ///< row stride of x (forward, wgrad) or dx (dgrad)
+  std::int64_t y_stride = 0;        ///< row stride of y (forward) or dy (dgrad, wgrad)
+  std::int64_t min_rows = 1;        ///< every row count in min_rows..max_rows may occur
+  std::int64_t max_rows = 0;
+  bool bias = false;
+};
+struct PrimitiveReport {
+  std::int64_t primitives = 0;
+  std::int64_t bytes = 0;    ///< scratch memory set aside
+  double seconds = 0;
+};
+/// Builds whatever `shapes` need on this stream; afterwards a missing primitive is counted (see
+/// late_primitives) and built on the spot.
+PrimitiveReport build_primitives(Stream& stream, std::span<const GemmShape> shapes);
+/// Primitives built outside build_primitives since the stream was made; 0 in a well-planned run.
+std::int64_t late_primitives(Stream& stream);
+
+}  // namespace arcus

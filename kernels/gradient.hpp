@@ -1,0 +1,82 @@
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <limits>
+#include <span>
+
+#include "kernels/dispatch.hpp"
+#include "src/base/tensor.hpp"
+
+namespace arcus {
+
+/// Order-independent sums (reproducible runs): a leaf enters as int64_rne(leaf * 2^50), sums are
+/// integers, so which rank or thread adds what, and when, is free.
+inline constexpr int kLeafScaleBits = 50;
+
+/// The first bad leaf of a step: key = tensor index * 2^32 + global micro-batch number, the lowest
+/// wins; kNoBadLeaf when all were good.
+inline constexpr std::int64_t kNoBadLeaf = std::numeric_limits<std::int64_t>::max();
+inline std::int64_t bad_leaf_key(std::int64_t tensor_idx, std::int64_t micro_batch) {
+  return (tensor_idx << 32) | micro_batch;
+}
+using BadLeafFlag = std::atomic<std::int64_t>;
+/// Lowers `flag` to `key`.
+void raise_bad_leaf(BadLeafFlag& flag, std::int64_t key);
+
+/// Where the leaves of one logical tensor are added up.
+struct GradientSum {
+  void* sum = nullptr;       ///< as large as the tensor
+  DType dtype = DType::i64;  ///< i64: order-independent; f32: plain sums; f64: gradient checks
+  float limit = 0;           ///< i64: |leaf| above it, or not finite, raises the flag
+  std::int64_t tensor_idx = 0;
+  BadLeafFlag* flag = nullptr;
+
+  /// The same tensor from element `offset` on.
+  GradientSum at(std::int64_t offset) const {
+    GradientSum part = *this;
+    part.sum = static_cast<char*>(sum) + offset * static_cast<std::int64_t>(size_of(dtype));
+    return part;
+  }
+};
+/// 2^(62-S) / most_leaves: no subset of that many leaves can overflow.
+float leaf_limit(std::int64_t most_leaves);
+
+/// sum += leaf, [rows, cols] into rows `target_stride` apart; the leaf is f32 (f64 for an f64 sum).
+/// Also used inside other ops.
+struct AddLeaf {
+  GradientSum target;
+  std::int64_t target_stride = 0;
+  ConstTensorView leaf;
+  std::int64_t micro_batch = 0;
+};
+ARCUS_DECLARE_OP(add_leaf, AddLeaf)
+
+/// gradient = sum as f32 (f64 for f64): q to g by one rounding and an exact product.
+struct FinishGradient {
+  TensorView gradient;  ///< [1, n] f32 | f64
+  ConstTensorView sum;  ///< [1, n] i64 | f32 | f64
+};
+ARCUS_DECLARE_OP(finish_gradient, FinishGradient)
+
+/// One block's sum of squares: 8 interleaved f64 sums (element i to sum i mod 8), added 0..7.
+struct SumOfSquares {
+  double* result = nullptr;
+  ConstTensorView gradient;  ///< [1, n]
+};
+ARCUS_DECLARE_OP(sum_of_squares, SumOfSquares)
+
+/// AdamW [1711.05101] on n elements in place. g is multiplied by clip_factor first.
+struct AdamW {
+  TensorView master;          ///< [1, n] f32 | f64
+  TensorView m, v;            ///< [1, n], master's type
+  ConstTensorView gradient;   ///< [1, n], master's type
+  TensorView compute;         ///< [1, n] bf16 copy to write, or empty
+  double clip_factor = 1;
+  double lr = 0, beta1 = 0, beta2 = 0, eps = 0, weight_decay = 0;
+  double bias_correction1 = 1;  ///< 1 - beta1^t
+  double bias_correction2 = 1;  ///< 1 - beta2^t
+};
+ARCUS_DECLARE_OP(adamw, AdamW)
+
+}  // namespace arcus

@@ -1,0 +1,17 @@
+#pragma once
+
+#include <spdlog/spdlog.h>
+
+#include <filesystem>
+#include <string>
+
+namespace arcus {
+
+/// Sets up logging for this process. Rank 0 writes information to standard error and, once
+/// attach_run_log is called, to the run's log file; other ranks write warnings and errors alone,
+/// with their rank in front.
+void init_log(int rank, int num_ranks);
+/// Adds DIR/run.log (appended to) to this process's log.
+void attach_run_log(const std::filesystem::path& file);
+
+}  // namespace arcus

@@ -1,0 +1,94 @@
+#include "src/base/rng.hpp"
+
+#include <bit>
+#include <cmath>
+#include <numbers>
+
+#include "src/base/error.hpp"
+#include "src/base/hash.hpp"
+
+namespace arcus {
+
+std::array<std::uint32_t, 4> philox4x32(std::array<std::uint32_t, 4> counter, std::uint64_t key) {
+  auto k0 = static_cast<std::uint32_t>(key);
+  auto k1 = static_cast<std::uint32_t>(key >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const std::uint64_t p0 = std::uint64_t{0xD2511F53U} * counter[0];
+    const std::uint64_t p1 = std::uint64_t{0xCD9E8D57U} * counter[2];
+    counter = {static_cast<std::uint32_t>(p1 >> 32) ^ counter[1] ^ k0,
+               static_cast<std::uint32_t>(p1),
+               static_cast<std::uint32_t>(p0 >> 32) ^ counter[3] ^ k1,
+               static_cast<std::uint32_t>(p0)};
+    k0 += 0x9E3779B9U;
+    k1 += 0xBB67AE85U;
+  }
+  return counter;
+}
+
+Rng::Rng(std::uint64_t seed, std::string_view purpose, std::string_view name) {
+  StreamHash hash;
+  const char separator = 0;
+  hash.update(&seed, sizeof seed);
+  hash.update(purpose.data(), purpose.size());
+  hash.update(&separator, 1);
+  hash.update(name.data(), name.size());
+  key_ = hash.digest();
+}
+
+std::array<std::uint32_t, 4> Rng::words(std::uint64_t high, std::uint64_t low) const {
+  return philox4x32({static_cast<std::uint32_t>(low), static_cast<std::uint32_t>(low >> 32),
+                     static_cast<std::uint32_t>(high), static_cast<std::uint32_t>(high >> 32)},
+                    key_);
+}
+
+float Rng::uniform(std::uint64_t high, std::uint64_t low) const {
+  return static_cast<float>(words(high, low)[0] >> 8) * 0x1p-24F;
+}
+
+std::array<float, 4> Rng::normals(std::uint64_t call) const {
+  const auto w = words(0, call);
+  std::array<float, 4> result{};
+  for (std::size_t pair = 0; pair < 4; pair += 2) {
+    // (0, 1] so that the logarithm is finite.
+    const double u = (static_cast<double>(w[pair]) + 1.0) * 0x1p-32;
+    const double angle = 2.0 * std::numbers::pi * static_cast<double>(w[pair + 1]) * 0x1p-32;
+    const double radius = std::sqrt(-2.0 * std::log(u));
+    result[pair] = static_cast<float>(radius * std::cos(angle));
+    result[pair + 1] = static_cast<float>(radius * std::sin(angle));
+  }
+  return result;
+}
+
+float Rng::normal(std::uint64_t element) const { return normals(element / 4)[element % 4]; }
+
+KeyedPermutation::KeyedPermutation(std::uint64_t size, std::uint64_t key) : size_(size), key_(key) {
+  ARCUS_CHECK(size > 0, "a permutation needs at least one element");
+  const int bits = size > 1 ? std::bit_width(size - 1) : 1;
+  half_bits_ = (bits + 1) / 2;
+}
+
+std::uint64_t KeyedPermutation::round_trip(std::uint64_t value) const {
+  const std::uint64_t mask = (std::uint64_t{1} << half_bits_) - 1;
+  std::uint64_t left = value >> half_bits_;
+  std::uint64_t right = value & mask;
+  for (std::uint32_t round = 0; round < 6; ++round) {
+    const auto w = philox4x32({static_cast<std::uint32_t>(right),
+                               static_cast<std::uint32_t>(right >> 32), round, 0x50455243U},
+                              key_);
+    const std::uint64_t mixed = left ^ (w[0] & mask);
+    left = right;
+    right = mixed;
+  }
+  return (left << half_bits_) | right;
+}
+
+std::uint64_t KeyedPermutation::operator()(std::uint64_t index) const {
+  ARCUS_DCHECK(index < size_, "index {} outside a permutation of {}", index, size_);
+  std::uint64_t value = index;
+  do {
+    value = round_trip(value);
+  } while (value >= size_);
+  return value;
+}
+
+}  // namespace arcus

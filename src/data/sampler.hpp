@@ -1,0 +1,60 @@
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "src/data/config.hpp"
+#include "src/data/dataset.hpp"
+
+namespace arcus {
+
+/// Which tokens global sample number i of a run holds: a pure function of (seed, i), whatever the
+/// number of ranks. Domains take turns by weight (blocks of 2^16 samples hold each domain in
+/// proportion, in keyed order); inside a domain epochs are keyed permutations of its windows of
+/// seq_len tokens, without memory.
+class BatchSampler {
+ public:
+  /// Throws (data) when a domain has fewer than seq_len + 1 tokens, (usage) for unknown domains.
+  BatchSampler(const TokenDataset& dataset, const DataConfig& config, std::int64_t seq_len,
+               std::uint64_t seed);
+  /// tokens: [seq_len + 1]: inputs are the first seq_len, targets the last seq_len. first_key:
+  /// [seq_len]: position in the window of the first token that position s may attend to (0 with
+  /// cross-document attention, else its document's first in the window). Allocates nothing.
+  void sample(std::int64_t global_sample, std::span<std::int32_t> tokens,
+              std::span<std::int32_t> first_key) const;
+
+ private:
+  struct Domain {
+    std::size_t idx;
+    std::int64_t share;        ///< samples per block of kShareBlock
+    std::int64_t share_begin;  ///< exclusive prefix sum of shares
+    std::int64_t num_windows;
+  };
+  const TokenDataset* dataset_;
+  std::int64_t seq_len_;
+  std::uint64_t seed_;
+  bool cross_document_attention_;
+  std::vector<Domain> domains_;
+};
+
+/// Held-out text of one domain cut into windows of seq_len tokens, in order.
+class EvalSampler {
+ public:
+  EvalSampler(const TokenDataset& dataset, std::size_t domain_idx, const DataConfig& config,
+              std::int64_t seq_len);
+  std::int64_t num_windows() const;
+  /// Like BatchSampler::sample; the last window is filled with EOS, and targets[s] is the token
+  /// after position s, -1 where there is none. Every held-out token but the first is a target once.
+  /// Returns the number of UTF-8 bytes that the window's targets stand for (bits per byte).
+  std::int64_t sample(std::int64_t window, std::span<std::int32_t> tokens,
+                      std::span<std::int32_t> targets, std::span<std::int32_t> first_key) const;
+
+ private:
+  const TokenFile* file_;
+  const TokenDataset* dataset_;
+  std::int64_t seq_len_;
+  bool cross_document_attention_;
+};
+
+}  // namespace arcus
