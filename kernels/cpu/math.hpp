@@ -1,0 +1,48 @@
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+
+/// Transcendental functions of the CPU kernels. The float versions are polynomials without branches
+/// or library calls: a loop over them vectorises, and main loop, tail, every vector width and every
+/// libc give the same bits. The double versions serve gradient checks and call the C library.
+namespace arcus::cpu {
+
+/// e^x within about 1 ulp over the whole range; overflow gives infinity, underflow passes through
+/// the subnormals to zero, NaN stays NaN.
+inline float exp(float x) {
+  // Beyond these bounds the result is infinity or zero anyway; a NaN fails both comparisons.
+  x = x > 89.0F ? 89.0F : x;
+  x = x < -104.0F ? -104.0F : x;
+  // Adding 1.5 * 2^23 rounds x / ln 2 to the nearest integer n and leaves it in the low bits.
+  constexpr float kRound = 12582912.0F;
+  const float shifted = x * 1.44269504F + kRound;
+  const float n = shifted - kRound;
+  const auto n_bits = std::bit_cast<std::int32_t>(shifted) - std::bit_cast<std::int32_t>(kRound);
+  // r = x - n ln 2, |r| <= ln 2 / 2, with ln 2 in two parts.
+  float r = std::fma(n, -0.693145752F, x);
+  r = std::fma(n, -1.42860677e-6F, r);
+  float p = 1.39354519e-3F;
+  p = std::fma(p, r, 8.36596917e-3F);
+  p = std::fma(p, r, 4.16665211e-2F);
+  p = std::fma(p, r, 0.166664705F);
+  p = std::fma(p, r, 0.5F);
+  p = std::fma(p, r, 1.0F);
+  p = std::fma(p, r, 1.0F);
+  // 2^n in two factors, so that neither leaves the normal range.
+  const std::int32_t low = n_bits >> 1;
+  const std::int32_t high = n_bits - low;
+  return p * std::bit_cast<float>((low + 127) << 23) * std::bit_cast<float>((high + 127) << 23);
+}
+inline double exp(double x) { return std::exp(x); }
+
+/// 1 / (1 + e^-x) without overflow on either side.
+template <class A>
+inline A sigmoid(A x) {
+  const A e = exp(-std::abs(x));
+  const A s = A(1) / (A(1) + e);
+  return x >= A(0) ? s : e * s;
+}
+
+}  // namespace arcus::cpu
