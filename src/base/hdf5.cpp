@@ -3,8 +3,11 @@
 #include <hdf5.h>
 
 #include <algorithm>
+#include <cstring>
 #include <functional>
 #include <numeric>
+
+#include "src/base/hdf5_driver.hpp"
 
 namespace arcus::h5 {
 namespace {
@@ -93,6 +96,16 @@ DType read_dtype(hid_t dataset, const std::string& name, ExitCode code) {
   ARCUS_FAIL(code, "dataset {} has an element type that Arcus does not write", name);
 }
 
+/// The driver notes failures instead of returning them; here they come to light.
+void require_no_error(const WriteStatus* status, std::string_view what, ExitCode code) {
+  ARCUS_REQUIRE(status == nullptr || status->error == 0, code, "writing {} failed: {}", what,
+                std::strerror(status->error));
+}
+
+std::string open_failure(const WriteStatus& status) {
+  return status.error != 0 ? std::strerror(status.error) : error_stack();
+}
+
 Handle make_dataset(hid_t file, const std::string& name, DType dtype, hid_t space, hid_t properties,
               ExitCode code) {
   const Handle links = link_properties(code);
@@ -114,8 +127,12 @@ Handle::~Handle() {
   if (id_ >= 0) H5Idec_ref(id_);
 }
 
-Dataset::Dataset(Handle handle, std::string name, ExitCode code)
-    : handle_(std::move(handle)), name_(std::move(name)), code_(code) {
+Dataset::Dataset(Handle handle, std::string name, ExitCode code,
+                 std::shared_ptr<const WriteStatus> status)
+    : handle_(std::move(handle)),
+      name_(std::move(name)),
+      code_(code),
+      status_(std::move(status)) {
   const Handle space(ARCUS_H5(code_, H5Dget_space(handle_.id()), "{}", name_));
   const int rank = ARCUS_H5(code_, H5Sget_simple_extent_ndims(space.id()), "{}", name_);
   std::vector<hsize_t> dims(static_cast<std::size_t>(rank));
@@ -161,6 +178,7 @@ void Dataset::transfer(std::int64_t begin, std::int64_t count, void* data, bool 
              H5Dwrite(handle_.id(), native_type(dtype_), memory.id(), file_space.id(), H5P_DEFAULT,
                       data),
              "writing dataset {} (is the disk full?)", name_);
+    require_no_error(status_.get(), name_, code_);
   } else {
     ARCUS_H5(code_,
              H5Dread(handle_.id(), native_type(dtype_), memory.id(), file_space.id(), H5P_DEFAULT,
@@ -177,15 +195,23 @@ void Dataset::write_rows(std::int64_t begin, std::int64_t count, const void* dat
 }
 void Dataset::read_all(void* out) const { transfer(0, shape_.empty() ? 1 : shape_[0], out, false); }
 
-File::File(Handle handle, std::filesystem::path path, ExitCode code)
-    : handle_(std::move(handle)), path_(std::move(path)), code_(code) {}
+File::File(Handle handle, std::filesystem::path path, ExitCode code,
+           std::shared_ptr<WriteStatus> status)
+    : handle_(std::move(handle)),
+      path_(std::move(path)),
+      code_(code),
+      status_(std::move(status)) {}
+
+void File::require_written() const { require_no_error(status_.get(), path_.string(), code_); }
 
 File File::create(const std::filesystem::path& path, ExitCode code) {
   quiet();
-  return {Handle(ARCUS_H5(code,
-                          H5Fcreate(path.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, H5P_DEFAULT),
-                          "cannot create {}", path.string())),
-          path, code};
+  auto status = std::make_shared<WriteStatus>();
+  const Handle access(ARCUS_H5(code, make_write_access(status), "file access"));
+  Handle handle(H5Fcreate(path.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, access.id()));
+  ARCUS_REQUIRE(handle.id() >= 0, code, "cannot create {}: {}", path.string(),
+                open_failure(*status));
+  return {std::move(handle), path, code, std::move(status)};
 }
 
 File File::open(const std::filesystem::path& path, ExitCode code) {
@@ -198,24 +224,30 @@ File File::open(const std::filesystem::path& path, ExitCode code) {
 
 File File::open_for_writing(const std::filesystem::path& path, ExitCode code) {
   quiet();
-  return {Handle(ARCUS_H5(code, H5Fopen(path.c_str(), H5F_ACC_RDWR, H5P_DEFAULT),
-                          "cannot open {}", path.string())),
-          path, code};
+  auto status = std::make_shared<WriteStatus>();
+  const Handle access(ARCUS_H5(code, make_write_access(status), "file access"));
+  Handle handle(H5Fopen(path.c_str(), H5F_ACC_RDWR, access.id()));
+  ARCUS_REQUIRE(handle.id() >= 0, code, "cannot open {} for writing: {}", path.string(),
+                open_failure(*status));
+  return {std::move(handle), path, code, std::move(status)};
 }
 
 Dataset File::create_dataset(const std::string& name, DType dtype, const Shape& shape) {
   quiet();
+  require_written();
   const Handle space = make_space(shape, code_);
   const Handle properties(ARCUS_H5(code_, H5Pcreate(H5P_DATASET_CREATE), "{}", name));
   // Early allocation, so that the file's size and H5Dget_offset are final from the start.
   ARCUS_H5(code_, H5Pset_alloc_time(properties.id(), H5D_ALLOC_TIME_EARLY), "{}", name);
   ARCUS_H5(code_, H5Pset_fill_time(properties.id(), H5D_FILL_TIME_NEVER), "{}", name);
-  return {make_dataset(handle_.id(), name, dtype, space.id(), properties.id(), code_), name, code_};
+  return {make_dataset(handle_.id(), name, dtype, space.id(), properties.id(), code_), name, code_,
+          status_};
 }
 
 Dataset File::create_growing_dataset(const std::string& name, DType dtype, const Shape& row_shape,
                                      std::int64_t chunk_rows) {
   quiet();
+  require_written();
   std::vector<hsize_t> dims{0};
   std::vector<hsize_t> limit{H5S_UNLIMITED};
   std::vector<hsize_t> chunk{static_cast<hsize_t>(chunk_rows)};
@@ -227,7 +259,8 @@ Dataset File::create_growing_dataset(const std::string& name, DType dtype, const
   const Handle properties(ARCUS_H5(code_, H5Pcreate(H5P_DATASET_CREATE), "{}", name));
   ARCUS_H5(code_, H5Pset_chunk(properties.id(), static_cast<int>(chunk.size()), chunk.data()), "{}",
            name);
-  return {make_dataset(handle_.id(), name, dtype, space.id(), properties.id(), code_), name, code_};
+  return {make_dataset(handle_.id(), name, dtype, space.id(), properties.id(), code_), name, code_,
+          status_};
 }
 
 void File::extend(const std::string& name, std::int64_t rows) {
@@ -307,7 +340,7 @@ Dataset File::dataset(const std::string& name) const {
   ARCUS_REQUIRE(exists(name), code_, "{} has no dataset {}", path_.string(), name);
   return {Handle(ARCUS_H5(code_, H5Dopen2(handle_.id(), name.c_str(), H5P_DEFAULT),
                           "{}: opening dataset {}", path_.string(), name)),
-          name, code_};
+          name, code_, status_};
 }
 
 bool File::exists(const std::string& name) const {
@@ -397,6 +430,14 @@ bool File::has_attribute(const std::string& name) const {
 void File::flush() {
   ARCUS_H5(code_, H5Fflush(handle_.id(), H5F_SCOPE_GLOBAL), "writing {} (is the disk full?)",
            path_.string());
+  require_written();
+}
+
+void File::close() {
+  quiet();
+  flush();
+  handle_ = Handle();
+  require_written();  // closing cuts the file to its length
 }
 
 }  // namespace arcus::h5

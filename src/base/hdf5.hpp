@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <memory>
 #include <span>
 #include <string>
 #include <string_view>
@@ -13,6 +14,8 @@
 /// The HDF5 calls that Arcus needs, each wrapped once. Failures throw arcus::Error carrying HDF5's
 /// own error stack; the exit code is the one given when the file was opened. Not a general binding.
 namespace arcus::h5 {
+
+struct WriteStatus;  // of src/base/hdf5_driver.hpp
 
 using Id = std::int64_t;  ///< hid_t, kept out of this header
 using Shape = std::vector<std::int64_t>;
@@ -44,7 +47,8 @@ struct VirtualSource {
 
 class Dataset {
  public:
-  Dataset(Handle handle, std::string name, ExitCode code);
+  Dataset(Handle handle, std::string name, ExitCode code,
+          std::shared_ptr<const WriteStatus> status = nullptr);
   const Shape& shape() const { return shape_; }
   DType dtype() const { return dtype_; }
   std::int64_t size() const;
@@ -61,6 +65,7 @@ class Dataset {
   Handle handle_;
   std::string name_;
   ExitCode code_;
+  std::shared_ptr<const WriteStatus> status_;  ///< null where the file is open for reading
   Shape shape_;
   DType dtype_;
 };
@@ -108,13 +113,19 @@ class File {
   }
   /// Writes buffered data to the operating system.
   void flush();
+  /// Writes everything and closes the file; throws when anything could not be written since it was
+  /// opened (a full disk). A file that was written and only destroyed hides such a failure.
+  void close();
   const std::filesystem::path& path() const { return path_; }
 
  private:
-  File(Handle handle, std::filesystem::path path, ExitCode code);
+  File(Handle handle, std::filesystem::path path, ExitCode code,
+       std::shared_ptr<WriteStatus> status = nullptr);
+  void require_written() const;
   Handle handle_;
   std::filesystem::path path_;
   ExitCode code_;
+  std::shared_ptr<WriteStatus> status_;  ///< null where the file is open for reading
 };
 
 }  // namespace arcus::h5
