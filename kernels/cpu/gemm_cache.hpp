@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 
 #include "kernels/cpu/context.hpp"
 #include "src/base/dtype.hpp"
@@ -26,17 +27,55 @@ struct GemmKey {
 
 /// Runs one product on the calling thread, which is number `thread` of the stream's team. Sums are
 /// f32 (f64 for f64). The primitive must have been built (build_gemm), else it is built on the spot
-/// and counted as late.
+/// and counted as late. m, n, k >= 1. Keeps no pointer; never touches Context::scratch.
 void run_gemm(Context& context, int thread, const GemmKey& key, const void* a, const void* b,
               void* c, const void* bias = nullptr);
 
 /// Builds the primitive for `key` unless it exists; to be called outside steps.
 void build_gemm(Context& context, const GemmKey& key);
 
-/// True where bf16 products depend on the number of rows (AMX): every bf16 product must then use one
-/// fixed row count per shape, its operand zero-padded.
+/// True where bf16 products depend on the number of rows (AMX): every bf16 product must then use
+/// one fixed row count per shape, its operand zero-padded.
 bool bf16_needs_fixed_rows();
 /// True where the processor multiplies bf16 natively (AVX512_BF16 or AMX).
 bool bf16_is_native();
+
+/// Height of the row tiles into which c[M,N] = a[M,K] op(b) is cut where a row's bits must not
+/// depend on M; a rule of type and shape alone. 256, or the fixed height of
+/// bf16_needs_fixed_rows().
+std::int64_t row_tile_height(DType ab_dtype, std::int64_t n, std::int64_t k);
+/// One row tile of `rows` <= row_tile_height rows, transpose_a = false: key.m is set here, to
+/// `rows` or to the fixed height, with rows beyond `rows` taken as zero and none of c's touched.
+void run_gemm_tile(Context& context, int thread, GemmKey key, std::int64_t rows, const void* a,
+                   const void* b, void* c, const void* bias = nullptr);
+/// Builds what run_gemm_tile needs for any number of rows in min_rows..max_rows (capped at the tile
+/// height).
+void build_gemm_tiles(Context& context, GemmKey key, std::int64_t min_rows, std::int64_t max_rows);
+
+/// The primitives of one stream. oneDNN primitives are immutable and take their scratch memory from
+/// the caller (user scratchpad mode), so the stream's threads share them; what a run changes (the
+/// memory objects that carry pointers, the scratchpad) exists once per thread. Looking a primitive
+/// up takes no lock and allocates nothing.
+class GemmCache {
+ public:
+  explicit GemmCache(int num_threads);
+  ~GemmCache();
+  GemmCache(const GemmCache&) = delete;
+  GemmCache& operator=(const GemmCache&) = delete;
+
+  void build(const GemmKey& key);
+  void run(int thread, const GemmKey& key, const void* a, const void* b, void* c, const void* bias);
+  /// Memory of one thread in which row tiles are padded, at least `bytes` long.
+  void* padding(int thread, std::int64_t bytes);
+
+  std::int64_t num_primitives() const;
+  std::int64_t late_primitives() const;
+  /// Scratch memory of all threads.
+  std::int64_t scratch_bytes() const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
 
 }  // namespace arcus::cpu

@@ -3,6 +3,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <exception>
 
@@ -10,9 +11,9 @@
 
 namespace arcus::cpu {
 
-/// Calls fn(task, thread) for task = 0..num_tasks-1 on the stream's threads, tasks taken in order as
-/// threads come free. Thread 0 polls the stream's pending exchange between tasks. An exception ends
-/// the loop and is thrown again on the calling thread.
+/// Calls fn(task, thread) for task = 0..num_tasks-1 on the stream's threads, tasks taken in order
+/// as threads come free. Thread 0 (the caller) polls the stream's pending exchange between tasks.
+/// After an exception no further task starts; it is thrown again on the calling thread.
 template <class Fn>
 void parallel_tasks(Stream& stream, std::int64_t num_tasks, Fn&& fn) {
   if (num_tasks <= 0) return;
@@ -24,14 +25,17 @@ void parallel_tasks(Stream& stream, std::int64_t num_tasks, Fn&& fn) {
     return;
   }
   std::exception_ptr error;
+  std::atomic<bool> failed{false};
+  // Always the whole team, even for two tasks: OpenMP rebuilds its team when the size changes.
 #pragma omp parallel for schedule(dynamic, 1) num_threads(stream.num_threads())
   for (std::int64_t task = 0; task < num_tasks; ++task) {
+    if (failed.load(std::memory_order_relaxed)) continue;
     try {
-      fn(task, omp_get_thread_num());
-      if (omp_get_thread_num() == 0) stream.poll();
+      const int thread = omp_get_thread_num();
+      fn(task, thread);
+      if (thread == 0) stream.poll();
     } catch (...) {
-#pragma omp critical(arcus_parallel_error)
-      error = std::current_exception();
+      if (!failed.exchange(true)) error = std::current_exception();
     }
   }
   if (error) std::rethrow_exception(error);

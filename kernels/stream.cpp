@@ -1,0 +1,20 @@
+#include "kernels/stream.hpp"
+
+#include "kernels/cpu/context.hpp"
+#include "src/base/error.hpp"
+
+namespace arcus {
+
+std::string_view name_of(Device device) { return device == Device::cpu ? "cpu" : "cuda"; }
+
+Stream::Stream(int num_threads) : num_threads_(num_threads) {
+  ARCUS_REQUIRE(
+      num_threads >= 1, ExitCode::usage,
+      "a CPU stream needs at least one thread, {} given; set parallel.threads to 1 or more",
+      num_threads);
+  cpu_ = std::make_unique<cpu::Context>(num_threads);
+}
+
+Stream::~Stream() = default;
+
+}  // namespace arcus
