@@ -1,0 +1,63 @@
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "src/model/attention_layer.hpp"
+#include "src/model/moe_layer.hpp"
+
+namespace arcus {
+
+/// One pre-norm layer: x + attention(norm(x)), then + feed-forward(norm(.)), dense or MoE.
+class Block {
+ public:
+  Block(const ModelConfig& model, const RoutingConfig& routing, std::int64_t layer,
+        ParamRegistry& registry);
+
+  struct Saved {
+    TensorView inv_rms1, inv_rms2;  ///< [T, 1] accumulate type
+    TensorView h1, h2;              ///< [T, H] normed inputs of attention and feed-forward
+    TensorView mid;                 ///< [T, H] after attention
+    AttentionLayer::Saved attention;
+    DenseFfn::Saved dense;
+    MoeLayer::Saved moe;
+  };
+  bool is_moe() const { return moe_.has_value(); }
+  /// The part of `saved` that recomputation keeps, and the rest.
+  void allocate_kept(Arena& arena, std::int64_t num_tokens, const TokenDispatcher& dispatcher,
+                     Saved& saved) const;
+  void allocate_rest(Arena& arena, std::int64_t num_tokens, DType compute, Saved& saved) const;
+  /// Adds up what a round needs besides: rows of the MoE layer, scratch of the backward pass.
+  void count_round(Arena& saved, Arena& scratch, std::int64_t num_tokens, std::int64_t rows,
+                   std::int64_t padded, DType compute, bool training) const;
+
+  /// out [T, H] from x [T, H].
+  void forward(PassContext& ctx, const ParamStore& params, TokenDispatcher& dispatcher,
+               TensorView out, ConstTensorView x, Saved& saved, bool replay) const;
+  /// dx [T, H] from dout [T, H], both with padding rows behind them.
+  void backward(PassContext& ctx, const ParamStore& params, TokenDispatcher& dispatcher,
+                TensorView dx, TensorView dout, ConstTensorView x, const Saved& saved) const;
+  /// One new position per sequence.
+  void decode(PassContext& ctx, const ParamStore& params, TokenDispatcher& dispatcher,
+              TensorView out, ConstTensorView x, KvCache& cache) const;
+
+  std::vector<GemmShape> gemm_shapes(std::int64_t max_tokens, std::int64_t max_segment_rows,
+                                     DType compute, bool training) const;
+  const AttentionLayer& attention() const { return attention_; }
+
+ private:
+  void feed_forward(PassContext& ctx, const ParamStore& params, TokenDispatcher& dispatcher,
+                    TensorView out, ConstTensorView mid, Saved& saved, bool replay) const;
+  void norm(PassContext& ctx, const ParamStore& params, ParamRef gain, TensorView y,
+            TensorView inv_rms, ConstTensorView x) const;
+
+  ModelConfig model_;
+  ParamRef input_norm_;
+  AttentionLayer attention_;
+  ParamRef post_attention_norm_;
+  std::optional<DenseFfn> dense_;
+  std::optional<MoeLayer> moe_;
+};
+
+}  // namespace arcus

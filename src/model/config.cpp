@@ -1,0 +1,117 @@
+#include "src/model/config.hpp"
+
+#include <algorithm>
+#include <cmath>
+
+#include "src/base/error.hpp"
+#include "src/model/routing.hpp"
+
+namespace arcus {
+namespace {
+
+__extension__ typedef __int128 Wide;
+
+void require_positive(const char* name, std::int64_t value) {
+  ARCUS_REQUIRE(value > 0, ExitCode::usage, "model.{} is {}; it must be at least 1", name, value);
+}
+
+void validate_attention(const ModelConfig& m) {
+  ARCUS_REQUIRE(m.num_heads % m.num_kv_heads == 0, ExitCode::usage,
+                "model.num_heads ({}) must be a multiple of model.num_kv_heads ({}); set "
+                "num_kv_heads to {}",
+                m.num_heads, m.num_kv_heads, m.num_heads);
+  ARCUS_REQUIRE(m.head_dim > 0 || m.hidden_size % m.num_heads == 0, ExitCode::usage,
+                "model.hidden_size ({}) is no multiple of model.num_heads ({}); set model.head_dim "
+                "(e.g. {})",
+                m.hidden_size, m.num_heads, std::max<std::int64_t>(2, m.hidden_size / m.num_heads));
+  const std::int64_t head_dim = m.head_dim > 0 ? m.head_dim : m.hidden_size / m.num_heads;
+  ARCUS_REQUIRE(head_dim % 2 == 0, ExitCode::usage,
+                "model.head_dim ({}) must be even (rotary embedding pairs dimensions); set it to {}",
+                head_dim, head_dim + 1);
+  ARCUS_REQUIRE(m.qk_norm == "none" || m.qk_norm == "head" || m.qk_norm == "full", ExitCode::usage,
+                "model.qk_norm is \"{}\"; it must be \"none\", \"head\" or \"full\"", m.qk_norm);
+  ARCUS_REQUIRE(m.partial_rotary_factor > 0 && m.partial_rotary_factor <= 1, ExitCode::usage,
+                "model.partial_rotary_factor is {}; it must be in (0, 1]", m.partial_rotary_factor);
+  ARCUS_REQUIRE(m.rope_theta > 1, ExitCode::usage, "model.rope_theta is {}; it must exceed 1",
+                m.rope_theta);
+}
+
+void validate_experts(const ModelConfig& m) {
+  ARCUS_REQUIRE(m.topk <= m.num_experts, ExitCode::usage,
+                "model.topk ({}) exceeds model.num_experts ({}); set topk to {} or less", m.topk,
+                m.num_experts, m.num_experts);
+  ARCUS_REQUIRE(m.first_k_dense >= 0 && m.first_k_dense <= m.num_layers, ExitCode::usage,
+                "model.first_k_dense ({}) must be between 0 and model.num_layers ({})",
+                m.first_k_dense, m.num_layers);
+  ARCUS_REQUIRE(m.num_shared_experts >= 0, ExitCode::usage,
+                "model.num_shared_experts is {}; it must not be negative", m.num_shared_experts);
+  ARCUS_REQUIRE(!m.shared_expert_gate || m.num_shared_experts > 0, ExitCode::usage,
+                "model.shared_expert_gate is on but model.num_shared_experts is 0; set it to 1 or "
+                "turn the gate off");
+}
+
+void validate_routing(const ModelConfig& m, const RoutingConfig& r) {
+  find_score(r.score);
+  find_select(r.select);
+  ARCUS_REQUIRE(!(m.topk == 1 && r.renormalize), ExitCode::usage,
+                "routing.renormalize with model.topk = 1 makes every weight 1, so the gate would not "
+                "learn; set routing.renormalize to false");
+  ARCUS_REQUIRE(r.drop_policy == "position" || r.drop_policy == "probs", ExitCode::usage,
+                "routing.drop_policy is \"{}\"; it must be \"position\" or \"probs\"", r.drop_policy);
+  for (const auto& [name, value] : {std::pair{"capacity_factor", r.capacity_factor},
+                                    std::pair{"eval_capacity_factor", r.eval_capacity_factor}}) {
+    ARCUS_REQUIRE(value == 0 || (value >= 1e-6 && value <= 1e6), ExitCode::usage,
+                  "routing.{} is {}; it must be 0 (dropless) or between 0.000001 and 1000000", name,
+                  value);
+  }
+  ARCUS_REQUIRE(r.min_capacity >= 0, ExitCode::usage,
+                "routing.min_capacity is {}; it must not be negative", r.min_capacity);
+  ARCUS_REQUIRE(!r.renormalize_after_drop || r.renormalize, ExitCode::usage,
+                "routing.renormalize_after_drop needs routing.renormalize; set it to true");
+  ARCUS_REQUIRE(r.aux_scope == "micro_batch" || r.aux_scope == "sequence", ExitCode::usage,
+                "routing.aux_scope is \"{}\"; it must be \"micro_batch\" or \"sequence\"",
+                r.aux_scope);
+  ARCUS_REQUIRE(r.aux_loss >= 0 && r.z_loss >= 0, ExitCode::usage,
+                "routing.aux_loss ({}) and routing.z_loss ({}) must not be negative", r.aux_loss,
+                r.z_loss);
+  ARCUS_REQUIRE(r.routed_scaling_factor > 0, ExitCode::usage,
+                "routing.routed_scaling_factor is {}; it must be positive", r.routed_scaling_factor);
+}
+
+}  // namespace
+
+void validate(const ModelConfig& m, const RoutingConfig& r) {
+  require_positive("hidden_size", m.hidden_size);
+  require_positive("num_layers", m.num_layers);
+  require_positive("num_heads", m.num_heads);
+  require_positive("num_kv_heads", m.num_kv_heads);
+  require_positive("num_experts", m.num_experts);
+  require_positive("topk", m.topk);
+  require_positive("expert_ff_size", m.expert_ff_size);
+  ARCUS_REQUIRE(m.norm_eps > 0, ExitCode::usage, "model.norm_eps is {}; it must be positive",
+                m.norm_eps);
+  validate_attention(m);
+  validate_experts(m);
+  validate_routing(m, r);
+}
+
+ModelConfig resolve(ModelConfig model, std::int64_t data_vocab_size) {
+  if (model.vocab_size == 0) model.vocab_size = data_vocab_size;
+  if (model.head_dim == 0) model.head_dim = model.hidden_size / model.num_heads;
+  if (model.dense_ff_size == 0) model.dense_ff_size = model.topk * model.expert_ff_size;
+  require_positive("vocab_size", model.vocab_size);
+  return model;
+}
+
+std::int64_t expert_capacity(double capacity_factor, std::int64_t min_capacity, std::int64_t topk,
+                             std::int64_t tokens, std::int64_t num_experts) {
+  if (capacity_factor == 0) return 0;
+  constexpr std::int64_t kUnit = 1'000'000;
+  const auto factor = static_cast<std::int64_t>(std::llround(capacity_factor * kUnit));
+  const std::int64_t wanted = static_cast<std::int64_t>(
+      (static_cast<Wide>(factor) * topk * tokens + num_experts * kUnit - 1) /
+      (num_experts * kUnit));
+  return std::min(tokens, std::max(min_capacity, wanted));
+}
+
+}  // namespace arcus

@@ -1,0 +1,35 @@
+#pragma once
+
+#include "src/model/param_registry.hpp"
+#include "src/model/routing.hpp"
+
+namespace arcus {
+
+/// The replicated gate of one MoE layer: logits, scores, selection, capacity, combine weights.
+class Gate {
+ public:
+  Gate(const ModelConfig& model, const RoutingConfig& routing, const std::string& prefix,
+       ParamRegistry& registry);
+
+  /// Memory of a micro-batch of `num_tokens` tokens.
+  Routing allocate(Arena& arena, std::int64_t num_tokens, DType compute) const;
+  /// Routes x [T, H]. With `replay`, selection and drops are taken from `routing` as they stand
+  /// (recomputation) and nothing is reported.
+  void forward(PassContext& ctx, const ParamStore& params, ConstTensorView x, Routing& routing,
+               bool replay) const;
+  /// dx [T, H] (accumulate type) from dweight [T, K]; adds the leaves of the gate's parameters.
+  void backward(PassContext& ctx, const ParamStore& params, TensorView dx, ConstTensorView dweight,
+                ConstTensorView x, const Routing& routing) const;
+  /// Products for build_primitives.
+  std::vector<GemmShape> gemm_shapes(std::int64_t max_tokens, DType compute, bool training) const;
+
+ private:
+  void select_and_drop(PassContext& ctx, Routing& routing) const;
+  void report(PassContext& ctx, Routing& routing) const;
+
+  ModelConfig model_;
+  RoutingConfig routing_;
+  ParamRef weight_, bias_;
+};
+
+}  // namespace arcus

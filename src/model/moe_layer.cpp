@@ -1,0 +1,265 @@
+#include "src/model/moe_layer.hpp"
+
+#include <algorithm>
+#include <cmath>
+
+#include "kernels/elementwise.hpp"
+
+namespace arcus {
+namespace {
+
+double residual_std(const ModelConfig& model) {
+  return 0.02 / std::sqrt(2.0 * static_cast<double>(model.num_layers));
+}
+
+}  // namespace
+
+MoeLayer::MoeLayer(const ModelConfig& model, const RoutingConfig& routing,
+                   const std::string& prefix, ParamRegistry& registry)
+    : model_(model),
+      shape_{model.hidden_size, model.expert_ff_size},
+      gate_(model, routing, prefix, registry) {
+  const std::int64_t e = model.num_experts;
+  const std::int64_t f = model.expert_ff_size;
+  const std::int64_t h = model.hidden_size;
+  experts_ = registry.add_experts(
+      {{.name = prefix + "experts.gate_proj.weight", .shape = {e, f, h}},
+       {.name = prefix + "experts.up_proj.weight", .shape = {e, f, h}},
+       {.name = prefix + "experts.down_proj.weight",
+        .shape = {e, h, f},
+        .init_std = residual_std(model)}});
+  if (model.num_shared_experts == 0) return;
+  shared_.emplace(prefix + "shared_experts.", h, f * model.num_shared_experts, residual_std(model),
+                  registry);
+  if (model.shared_expert_gate) {
+    shared_gate_ = registry.add({.name = prefix + "shared_expert_gate.weight",
+                                 .shape = {1, h},
+                                 .keep_accumulate_type = true});
+  }
+}
+
+void MoeLayer::allocate_routing(Arena& arena, std::int64_t num_tokens,
+                                const TokenDispatcher& dispatcher, Saved& saved) const {
+  saved.routing = gate_.allocate(arena, num_tokens, dispatcher.options().dtype);
+  saved.plan = dispatcher.make_plan_storage(arena);
+}
+
+void MoeLayer::allocate_tokens(Arena& arena, std::int64_t num_tokens, DType compute,
+                               Saved& saved) const {
+  if (!shared_) return;
+  saved.shared = shared_->allocate(arena, num_tokens, compute);
+  if (!shared_gate_.valid()) return;
+  const DType acc = accumulate_dtype(compute);
+  saved.shared_out = arena.allocate(compute, num_tokens, model_.hidden_size);
+  saved.shared_logit = arena.allocate(acc, num_tokens, 1);
+  if (acc != compute) {
+    saved.shared_wide = allocate_padded(arena, acc, num_tokens, model_.hidden_size);
+  }
+}
+
+void MoeLayer::allocate_rows(Arena& arena, std::int64_t rows, std::int64_t padded, DType compute,
+                             Saved& saved) const {
+  const std::int64_t h = model_.hidden_size;
+  const std::int64_t f = shape_.ff_size;
+  saved.x = arena.allocate(compute, rows + kWgradRowPadding, h).row_range(0, rows);
+  saved.gate_up = arena.allocate(compute, padded, 2 * f, ffn_row_stride(2 * f));
+  saved.act = arena.allocate(compute, padded, f, ffn_row_stride(f));
+  saved.y = arena.allocate(compute, rows, h);
+}
+
+FfnWeights MoeLayer::expert_weights(const ParamStore& params) const {
+  return {params.values(experts_[0], 0, 2 * shape_.ff_size), params.values(experts_[2]),
+          params.registry().row(experts_[0]).expert_stride};
+}
+
+void MoeLayer::forward_shared(PassContext& ctx, const ParamStore& params, TensorView out,
+                              ConstTensorView h, const Saved& saved) const {
+  if (!shared_gate_.valid()) return shared_->forward(ctx, params, out, h, saved.shared);
+  shared_->forward(ctx, params, saved.shared_out, h, saved.shared);
+  gate_logits(ctx.stream, {.z = saved.shared_logit,
+                           .x_wide = saved.shared_wide,
+                           .x = h,
+                           .weight = params.values(shared_gate_)});
+  scale_rows_sigmoid(ctx.stream,
+                     {.out = out, .x = saved.shared_out, .logit = saved.shared_logit});
+}
+
+void MoeLayer::forward(PassContext& ctx, const ParamStore& params, TokenDispatcher& dispatcher,
+                       TensorView out, ConstTensorView h, ConstTensorView residual, Saved& saved,
+                       bool replay) const {
+  gate_.forward(ctx, params, h, saved.routing, replay);
+  if (!replay) {
+    ctx.beat("counts");
+    dispatcher.make_plan(ctx.stream, saved.routing.expert_of_slot, ctx.batch.number,
+                         {ctx.step, ctx.layer}, saved.plan);
+    ctx.stats.recv_rows[static_cast<std::size_t>(ctx.layer)] = saved.plan.num_recv_rows;
+  }
+  allocate_rows(ctx.saved, saved.plan.num_recv_rows, saved.plan.num_padded_rows, h.dtype, saved);
+  ctx.beat("dispatch");
+  const Event arrived = dispatcher.dispatch(ctx.stream, saved.plan, h, {}, saved.x, {});
+  ctx.stream.poll_between_tasks(arrived);
+
+  const ArenaScope scope(ctx.scratch);
+  TensorView shared_out;
+  if (shared_) {
+    shared_out = ctx.scratch.allocate(h.dtype, h.rows, h.cols);
+    forward_shared(ctx, params, shared_out, h, saved);
+  }
+  ctx.stream.wait(arrived);
+  ffn_forward(ctx.stream, {.y = saved.y,
+                           .gate_up = saved.gate_up,
+                           .act = saved.act,
+                           .x = saved.x,
+                           .weights = expert_weights(params),
+                           .shape = shape_,
+                           .segments = saved.plan.segments});
+  ctx.beat("combine");
+  SlotRows slots;
+  ctx.stream.wait(dispatcher.combine(ctx.stream, saved.plan, saved.y, {}, slots));
+  weighted_sum(ctx.stream, {.out = out,
+                            .slot_rows = slots.rows.data(),
+                            .weight = saved.routing.weight,
+                            .slots_per_token = model_.topk,
+                            .addend1 = shared_ ? shared_out : ConstTensorView(residual),
+                            .addend2 = shared_ ? ConstTensorView(residual) : ConstTensorView()});
+}
+
+void MoeLayer::backward_shared(PassContext& ctx, const ParamStore& params, TensorView dh,
+                               ConstTensorView dout, ConstTensorView h, const Saved& saved) const {
+  if (!shared_gate_.valid()) return shared_->backward(ctx, params, dh, dout, h, saved.shared);
+  const ArenaScope scope(ctx.scratch);
+  const DType acc = saved.shared_logit.dtype;
+  const TensorView dshared = ctx.scratch.allocate(dout.dtype, dout.rows, dout.cols);
+  const TensorView dlogit = allocate_padded(ctx.scratch, acc, dout.rows, 1);
+  scale_rows_sigmoid_backward(ctx.stream, {.dx = dshared,
+                                           .dlogit = dlogit,
+                                           .dout = dout,
+                                           .x = saved.shared_out,
+                                           .logit = saved.shared_logit});
+  const TensorView through_ffn = ctx.scratch.allocate(dout.dtype, dout.rows, dout.cols);
+  shared_->backward(ctx, params, through_ffn, dshared, h, saved.shared);
+  const TensorView through_gate = ctx.scratch.allocate(acc, dout.rows, dout.cols);
+  linear_dgrad(ctx.stream,
+               {.dx = through_gate, .dy = dlogit, .weight = params.values(shared_gate_)});
+  if (const GradientSum sum = params.sums(shared_gate_); sum.sum != nullptr) {
+    const ConstTensorView wide = saved.shared_wide.data != nullptr ? saved.shared_wide : h;
+    linear_wgrad(ctx.stream,
+                 {.dweight = sum, .dy = dlogit, .x = wide, .micro_batch = ctx.batch.number});
+  }
+  weighted_sum(ctx.stream, {.out = dh, .addend1 = through_ffn, .addend2 = through_gate});
+}
+
+void MoeLayer::add_expert_leaves(PassContext& ctx, const ParamStore& params, ConstTensorView dy,
+                                 ConstTensorView dgate_up, const Saved& saved) const {
+  ffn_wgrad(ctx.stream, {.dgate = params.sums(experts_[0]),
+                         .dup = params.sums(experts_[1]),
+                         .ddown = params.sums(experts_[2]),
+                         .expert_stride = params.registry().row(experts_[0]).expert_stride,
+                         .tensor_idx_stride = 1,
+                         .x = saved.x,
+                         .act = saved.act,
+                         .dy = dy,
+                         .dgate_up = dgate_up,
+                         .shape = shape_,
+                         .segments = saved.plan.segments});
+}
+
+void MoeLayer::backward(PassContext& ctx, const ParamStore& params, TokenDispatcher& dispatcher,
+                        TensorView dh, ConstTensorView dout, ConstTensorView h,
+                        const Saved& saved) const {
+  const ArenaScope scope(ctx.scratch);
+  const DType compute = h.dtype;
+  const DType acc = accumulate_dtype(compute);
+  const std::int64_t rows = saved.plan.num_recv_rows;
+  const std::int64_t padded = saved.plan.num_padded_rows;
+  const std::int64_t hidden = model_.hidden_size;
+  // dispatch clears the rows behind the last one, as in the forward pass.
+  const TensorView dout_rows =
+      ctx.scratch.allocate(compute, rows + kWgradRowPadding, hidden).row_range(0, rows);
+  const TensorView row_weight = ctx.scratch.allocate(acc, 1, rows);
+  ctx.beat("dispatch of gradients");
+  const Event arrived = dispatcher.dispatch(ctx.stream, saved.plan, dout, saved.routing.weight,
+                                            dout_rows, row_weight);
+  ctx.stream.poll_between_tasks(arrived);
+  TensorView dh_shared;
+  if (shared_) {
+    dh_shared = ctx.scratch.allocate(compute, h.rows, hidden);
+    backward_shared(ctx, params, dh_shared, dout, h, saved);
+  }
+  ctx.stream.wait(arrived);
+
+  const std::int64_t f = shape_.ff_size;
+  const TensorView dx = ctx.scratch.allocate(compute, rows, hidden);
+  const TensorView drow_weight = ctx.scratch.allocate(acc, 1, rows);
+  const TensorView dy = ctx.scratch.allocate(compute, padded, hidden, ffn_row_stride(hidden));
+  const TensorView dgate_up = ctx.scratch.allocate(compute, padded, 2 * f, ffn_row_stride(2 * f));
+  ffn_backward(ctx.stream, {.dx = dx,
+                            .drow_weight = drow_weight,
+                            .dy = dy,
+                            .dgate_up = dgate_up,
+                            .dout = dout_rows,
+                            .row_weight = row_weight,
+                            .y = saved.y,
+                            .gate_up = saved.gate_up,
+                            .weights = expert_weights(params),
+                            .shape = shape_,
+                            .segments = saved.plan.segments});
+  ctx.beat("combine of gradients");
+  SlotRows slots;
+  const Event returned = dispatcher.combine(ctx.stream, saved.plan, dx, drow_weight, slots);
+  ctx.stream.poll_between_tasks(returned);
+  add_expert_leaves(ctx, params, dy, dgate_up, saved);
+  ctx.stream.wait(returned);
+  const TensorView dgate = ctx.scratch.allocate(acc, h.rows, hidden);
+  gate_.backward(ctx, params, dgate, slots.scalars, h, saved.routing);
+  weighted_sum(ctx.stream, {.out = dh,
+                            .slot_rows = slots.rows.data(),
+                            .slots_per_token = model_.topk,
+                            .addend1 = dgate,
+                            .addend2 = shared_ ? ConstTensorView(dh_shared) : ConstTensorView()});
+}
+
+void MoeLayer::allocate_backward_scratch(Arena& arena, std::int64_t num_tokens, std::int64_t rows,
+                                         std::int64_t padded, DType compute) const {
+  const ArenaScope scope(arena);
+  const DType acc = accumulate_dtype(compute);
+  const std::int64_t h = model_.hidden_size;
+  const std::int64_t f = shape_.ff_size;
+  arena.allocate(compute, 2 * rows + kWgradRowPadding, h);
+  arena.allocate(acc, 2, rows);
+  arena.allocate(compute, padded, ffn_row_stride(h));
+  arena.allocate(compute, padded, ffn_row_stride(2 * f));
+  // The gate, the shared expert and its gate on tokens.
+  const std::int64_t tokens = padded_rows(num_tokens) + kWgradRowPadding;
+  arena.allocate(acc, tokens, 2 * h + model_.num_experts + 1);
+  arena.allocate(DType::i64, 2, std::max(num_tokens * model_.topk, model_.num_experts) + 64);
+  if (shared_) {
+    arena.allocate(compute, tokens, 3 * h + ffn_row_stride(h) +
+                                        ffn_row_stride(2 * shared_->shape().ff_size));
+  }
+  arena.allocate_bytes(1 << 14);  // rounding of the pieces above to the arena's alignment
+}
+
+std::vector<GemmShape> MoeLayer::gemm_shapes(std::int64_t max_tokens,
+                                             std::int64_t max_segment_rows, DType compute,
+                                             bool training) const {
+  std::vector<GemmShape> shapes = gate_.gemm_shapes(max_tokens, compute, training);
+  const auto append = [&](const std::vector<GemmShape>& more) {
+    shapes.insert(shapes.end(), more.begin(), more.end());
+  };
+  append(ffn_gemm_shapes(shape_, compute, max_segment_rows, training));
+  if (shared_) append(shared_->gemm_shapes(max_tokens, compute, training));
+  if (shared_gate_.valid()) {
+    const DType acc = accumulate_dtype(compute);
+    GemmShape shape{.kind = GemmKind::forward, .dtype = acc, .result_dtype = acc, .out = 1,
+                    .in = model_.hidden_size, .x_stride = model_.hidden_size, .y_stride = 1,
+                    .min_rows = max_tokens, .max_rows = max_tokens};
+    for (const GemmKind kind : {GemmKind::forward, GemmKind::dgrad, GemmKind::wgrad}) {
+      shape.kind = kind;
+      if (training || kind == GemmKind::forward) shapes.push_back(shape);
+    }
+  }
+  return shapes;
+}
+
+}  // namespace arcus

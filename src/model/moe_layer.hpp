@@ -1,0 +1,72 @@
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "comm/token_dispatcher.hpp"
+#include "src/model/dense_ffn.hpp"
+#include "src/model/gate.hpp"
+
+namespace arcus {
+
+/// A mixture-of-experts layer: the replicated gate routes, the plan is made once and used four
+/// times, experts run where they live. T tokens, K choices, R rows received, Rp padded rows.
+class MoeLayer {
+ public:
+  MoeLayer(const ModelConfig& model, const RoutingConfig& routing, const std::string& prefix,
+           ParamRegistry& registry);
+
+  struct Saved {
+    Routing routing;
+    DispatchPlan plan;
+    TensorView x;        ///< [R, H] received rows, 32 more readable behind them
+    TensorView gate_up;  ///< [Rp, 2F]
+    TensorView act;      ///< [Rp, F]
+    TensorView y;        ///< [R, H]
+    DenseFfn::Saved shared;
+    TensorView shared_out;    ///< [T, H] before its gate; kept only with shared_expert_gate
+    TensorView shared_logit;  ///< [T, 1] accumulate type
+    TensorView shared_wide;   ///< [T, H] accumulate type, see GateLogits
+  };
+  /// What recomputation keeps: routing and plan.
+  void allocate_routing(Arena& arena, std::int64_t num_tokens, const TokenDispatcher& dispatcher,
+                        Saved& saved) const;
+  /// What depends on tokens, then on rows received (known once the plan is made).
+  void allocate_tokens(Arena& arena, std::int64_t num_tokens, DType compute, Saved& saved) const;
+  void allocate_rows(Arena& arena, std::int64_t rows, std::int64_t padded, DType compute,
+                     Saved& saved) const;
+  /// Most scratch memory that backward needs.
+  void allocate_backward_scratch(Arena& arena, std::int64_t num_tokens, std::int64_t rows,
+                                 std::int64_t padded, DType compute) const;
+
+  /// out = sum_j w_j y_j + shared + residual, h [T, H] the normed input with 32 readable rows
+  /// behind it. Allocates the rows part of `saved` from ctx.saved. `replay`: see Gate::forward; the
+  /// plan is used again.
+  void forward(PassContext& ctx, const ParamStore& params, TokenDispatcher& dispatcher,
+               TensorView out, ConstTensorView h, ConstTensorView residual, Saved& saved,
+               bool replay) const;
+  /// dh [T, H] from dout [T, H]; adds the leaves.
+  void backward(PassContext& ctx, const ParamStore& params, TokenDispatcher& dispatcher,
+                TensorView dh, ConstTensorView dout, ConstTensorView h, const Saved& saved) const;
+  std::vector<GemmShape> gemm_shapes(std::int64_t max_tokens, std::int64_t max_segment_rows,
+                                     DType compute, bool training) const;
+
+ private:
+  FfnWeights expert_weights(const ParamStore& params) const;
+  void forward_shared(PassContext& ctx, const ParamStore& params, TensorView out,
+                      ConstTensorView h, const Saved& saved) const;
+  void backward_shared(PassContext& ctx, const ParamStore& params, TensorView dh,
+                       ConstTensorView dout, ConstTensorView h, const Saved& saved) const;
+  void add_expert_leaves(PassContext& ctx, const ParamStore& params, ConstTensorView dy,
+                         ConstTensorView dgate_up, const Saved& saved) const;
+
+  ModelConfig model_;
+  FfnShape shape_;
+  Gate gate_;
+  std::vector<ParamRef> experts_;  ///< gate_proj, up_proj, down_proj
+  std::optional<DenseFfn> shared_;
+  ParamRef shared_gate_;
+};
+
+}  // namespace arcus

@@ -1,0 +1,198 @@
+#include "src/model/param_registry.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+#include "src/base/rng.hpp"
+
+namespace arcus {
+namespace {
+
+/// Elements to which tensors are aligned in a flat.
+constexpr std::int64_t kAlignment = 32;
+
+std::int64_t align(std::int64_t elements) {
+  return (elements + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+}  // namespace
+
+ParamRegistry::ParamRegistry(std::int64_t num_experts, std::int64_t first_local_expert,
+                             std::int64_t num_local_experts)
+    : num_experts_(num_experts),
+      first_local_expert_(first_local_expert),
+      num_local_experts_(num_local_experts) {}
+
+ParamRef ParamRegistry::add(ParamRow row) {
+  row.flat = row.keep_accumulate_type ? FlatId::dense_accumulate : FlatId::dense_compute;
+  std::int64_t& size = sizes_[index_of(row.flat)];
+  row.offset = row.follows_previous ? size : align(size);
+  size = row.offset + row.unit_elements();
+  row.first_unit_idx = num_units_++;
+  rows_.push_back(std::move(row));
+  return {static_cast<int>(rows_.size()) - 1};
+}
+
+std::vector<ParamRef> ParamRegistry::add_experts(std::vector<ParamRow> rows) {
+  std::int64_t& size = sizes_[index_of(FlatId::expert_compute)];
+  size = align(size);
+  std::int64_t stride = 0;
+  for (ParamRow& row : rows) {
+    row.kind = ParamKind::expert;
+    row.flat = FlatId::expert_compute;
+    row.offset = size + stride;
+    stride += row.unit_elements();
+  }
+  std::vector<ParamRef> refs;
+  for (ParamRow& row : rows) {
+    ARCUS_CHECK(row.shape[0] == num_experts_, "{} has {} experts, the model {}", row.name,
+                row.shape[0], num_experts_);
+    row.expert_stride = align(stride);
+    row.first_unit_idx = num_units_;
+    num_units_ += num_experts_;
+    rows_.push_back(std::move(row));
+    refs.push_back({static_cast<int>(rows_.size()) - 1});
+  }
+  size += num_local_experts_ * align(stride);
+  return refs;
+}
+
+std::string ParamRegistry::unit_name(std::int64_t unit_idx) const {
+  for (const ParamRow& row : rows_) {
+    const std::int64_t unit = unit_idx - row.first_unit_idx;
+    if (unit >= 0 && unit < row.num_units()) {
+      return row.kind == ParamKind::expert ? fmt::format("{}[{}]", row.name, unit) : row.name;
+    }
+  }
+  return fmt::format("tensor {}", unit_idx);
+}
+
+std::vector<ParamBlock> ParamRegistry::blocks(FlatId flat, std::int64_t first_expert,
+                                              std::int64_t num_experts) const {
+  std::vector<ParamBlock> result;
+  for (std::size_t i = 0; i < rows_.size(); ++i) {
+    const ParamRow& row = rows_[i];
+    if (row.flat != flat) continue;
+    const TensorSpec spec = row.spec(DType::f32);
+    const std::int64_t units = row.kind == ParamKind::expert ? num_experts : 1;
+    for (std::int64_t local = 0; local < units; ++local) {
+      for (std::int64_t b = 0; b < blocks_per_unit(spec); ++b) {
+        const RowRange range = block_range(spec, b);  // rows of unit 0
+        result.push_back({static_cast<int>(i),
+                          row.kind == ParamKind::expert ? first_expert + local : 0, b,
+                          row.offset + local * row.expert_stride + range.begin * spec.cols(),
+                          (range.end - range.begin) * spec.cols()});
+      }
+    }
+  }
+  std::stable_sort(result.begin(), result.end(),
+                   [](const ParamBlock& a, const ParamBlock& b) { return a.begin < b.begin; });
+  return result;
+}
+
+std::int64_t ParamRegistry::total_parameters() const {
+  std::int64_t total = 0;
+  for (const ParamRow& row : rows_) total += row.num_units() * row.unit_elements();
+  return total;
+}
+
+std::int64_t ParamRegistry::active_parameters(std::int64_t topk) const {
+  std::int64_t total = 0;
+  for (const ParamRow& row : rows_) {
+    total += (row.kind == ParamKind::expert ? topk : 1) * row.unit_elements();
+  }
+  return total;
+}
+
+ParamStore::ParamStore(const ParamRegistry& registry, DType compute, DType sum_dtype, bool training)
+    : registry_(&registry),
+      compute_(compute),
+      sum_dtype_(sum_dtype),
+      training_(training),
+      bad_leaf_(std::make_unique<BadLeafFlag>(kNoBadLeaf)) {
+  for (const FlatId flat : kFlatIds) {
+    const std::int64_t n = registry.flat_size(flat);
+    values_.emplace_back("parameters", n * static_cast<std::int64_t>(size_of(dtype(flat))));
+    sums_.emplace_back("gradient sums",
+                       training ? n * static_cast<std::int64_t>(size_of(sum_dtype)) : 0);
+    value_views_[index_of(flat)] = values_.back().allocate(dtype(flat), 1, n);
+    if (training) sum_views_[index_of(flat)] = sums_.back().allocate(sum_dtype, 1, n);
+  }
+}
+
+TensorView ParamStore::values(ParamRef ref, std::int64_t local_expert, std::int64_t rows) const {
+  const ParamRow& row = registry_->row(ref);
+  const TensorSpec spec = row.spec(DType::f32);
+  const bool vector = row.shape.size() == 1;
+  const std::int64_t cols = vector ? spec.num_elements() : spec.cols();
+  const std::int64_t own_rows = vector ? 1 : spec.unit_rows();
+  const TensorView flat = flat_values(row.flat);
+  const TensorView tail = flat.col_range(row.offset + local_expert * row.expert_stride,
+                                         (rows > 0 ? rows : own_rows) * cols);
+  if (vector && rows > 0) return {tail.data, flat.dtype, 1, rows};
+  return {tail.data, flat.dtype, rows > 0 ? rows : own_rows, cols};
+}
+
+GradientSum ParamStore::sums(ParamRef ref, std::int64_t local_expert) const {
+  const ParamRow& row = registry_->row(ref);
+  if (!training_ || !row.trainable) return {};
+  GradientSum sum;
+  sum.sum = flat_sums(row.flat).col_range(row.offset + local_expert * row.expert_stride, 0).data;
+  sum.dtype = sum_dtype_;
+  sum.limit = leaf_limit(num_micro_batches_ * row.leaves_per_micro_batch);
+  sum.tensor_idx = row.first_unit_idx;
+  if (row.kind == ParamKind::expert) {
+    sum.tensor_idx += registry_->first_local_expert() + local_expert;
+  }
+  sum.flag = bad_leaf_.get();
+  return sum;
+}
+
+void ParamStore::set_num_micro_batches(std::int64_t num_micro_batches) {
+  num_micro_batches_ = num_micro_batches;
+}
+
+void ParamStore::zero_sums() {
+  for (const FlatId flat : kFlatIds) {
+    const TensorView sums = flat_sums(flat);
+    if (sums.data != nullptr && sums.cols > 0) {
+      std::memset(sums.data, 0, static_cast<std::size_t>(sums.cols) * size_of(sums.dtype));
+    }
+  }
+  bad_leaf_->store(kNoBadLeaf);
+}
+
+std::int64_t ParamStore::value_bytes() const {
+  std::int64_t bytes = 0;
+  for (const Arena& arena : values_) bytes += arena.capacity();
+  return bytes;
+}
+
+std::int64_t ParamStore::sum_bytes() const {
+  std::int64_t bytes = 0;
+  for (const Arena& arena : sums_) bytes += training_ ? arena.capacity() : 0;
+  return bytes;
+}
+
+void initial_values(const ParamRow& row, std::uint64_t seed, std::int64_t first_element,
+                    TensorView out) {
+  const Rng rng(seed, "init", row.name);
+  dispatch_accumulate(out.dtype, [&]<class T>() {
+    T* values = out.as<T>();
+    if (row.init != ParamInit::normal) {
+      std::fill_n(values, out.size(), row.init == ParamInit::ones ? T(1) : T(0));
+      return;
+    }
+    const auto std = static_cast<float>(row.init_std);
+    for (std::int64_t i = 0; i < out.size();) {
+      const std::int64_t element = first_element + i;
+      const auto normals = rng.normals(static_cast<std::uint64_t>(element / 4));
+      for (auto lane = static_cast<std::size_t>(element % 4); lane < 4 && i < out.size();
+           ++lane, ++i) {
+        values[i] = static_cast<T>(normals[lane] * std);
+      }
+    }
+  });
+}
+
+}  // namespace arcus

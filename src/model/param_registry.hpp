@@ -1,0 +1,144 @@
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "comm/process_groups.hpp"
+#include "kernels/gradient.hpp"
+#include "src/base/state.hpp"
+
+namespace arcus {
+
+enum class ParamKind { dense, expert };
+enum class ParamInit { normal, ones, zeros };
+
+/// Parameters live in three flat blocks. Gate, norms and biases keep the accumulate type even where
+/// the model computes in bf16.
+enum class FlatId : int { dense_accumulate, dense_compute, expert_compute };
+inline constexpr std::array<FlatId, 3> kFlatIds{FlatId::dense_accumulate, FlatId::dense_compute,
+                                                FlatId::expert_compute};
+inline std::size_t index_of(FlatId id) { return static_cast<std::size_t>(id); }
+
+/// One logical tensor: size, initial values, decay, gradient group and file name, described once.
+struct ParamRow {
+  std::string name;
+  std::vector<std::int64_t> shape;  ///< experts: [E, ...]
+  ParamKind kind = ParamKind::dense;
+  bool keep_accumulate_type = false;  ///< dense_accumulate instead of dense_compute
+  ParamInit init = ParamInit::normal;
+  double init_std = 0.02;
+  bool follows_previous = false;    ///< no gap before it: one view spans both (q, k, v)
+  std::int64_t leaves_per_micro_batch = 1;  ///< most leaves a micro-batch may add
+  // Set from [[train.group]]:
+  double lr_scale = 1;
+  double weight_decay = 0;
+  bool trainable = true;
+  // Set by the registry:
+  FlatId flat = FlatId::dense_compute;
+  std::int64_t first_unit_idx = 0;  ///< registry index of its (first) unit
+  std::int64_t offset = 0;          ///< first element in the flat (of local expert 0)
+  std::int64_t expert_stride = 0;   ///< elements from one local expert to the next
+
+  std::int64_t num_units() const { return kind == ParamKind::expert ? shape[0] : 1; }
+  TensorSpec spec(DType dtype) const { return {name, dtype, shape, num_units()}; }
+  std::int64_t unit_elements() const { return spec(DType::f32).num_elements() / num_units(); }
+};
+
+/// Position of a row in the registry.
+struct ParamRef {
+  int idx = -1;
+  bool valid() const { return idx >= 0; }
+};
+
+/// One block (see block_range) of a unit held on this rank, in memory order of its flat.
+struct ParamBlock {
+  int row_idx = 0;
+  std::int64_t unit = 0;           ///< global expert, 0 for dense
+  std::int64_t block_in_unit = 0;
+  std::int64_t begin = 0, count = 0;  ///< elements in the flat
+};
+
+/// Every parameter of the model, in declaration order. Experts of a layer stand expert by expert
+/// (gate, up, down of one expert adjacent).
+class ParamRegistry {
+ public:
+  /// `local` = the experts of this rank.
+  ParamRegistry(std::int64_t num_experts, std::int64_t first_local_expert,
+                std::int64_t num_local_experts);
+
+  ParamRef add(ParamRow row);
+  /// Rows of one layer's experts, all [E, ...]; memory is expert by expert.
+  std::vector<ParamRef> add_experts(std::vector<ParamRow> rows);
+
+  const std::vector<ParamRow>& rows() const { return rows_; }
+  std::vector<ParamRow>& mutable_rows() { return rows_; }
+  const ParamRow& row(ParamRef ref) const { return rows_[static_cast<std::size_t>(ref.idx)]; }
+  std::int64_t flat_size(FlatId flat) const { return sizes_[index_of(flat)]; }
+  std::int64_t num_units() const { return num_units_; }
+  /// Name of a unit, e.g. "model.layers.1.mlp.experts.gate_proj.weight[5]".
+  std::string unit_name(std::int64_t unit_idx) const;
+  /// Blocks of a flat on the rank that holds experts [first, first + count), in memory order.
+  std::vector<ParamBlock> blocks(FlatId flat, std::int64_t first_expert,
+                                 std::int64_t num_experts) const;
+  std::vector<ParamBlock> local_blocks(FlatId flat) const {
+    return blocks(flat, first_local_expert_, num_local_experts_);
+  }
+  std::int64_t first_local_expert() const { return first_local_expert_; }
+  std::int64_t num_local_experts() const { return num_local_experts_; }
+  /// Parameters of the whole model, and those a token passes through with `topk` experts.
+  std::int64_t total_parameters() const;
+  std::int64_t active_parameters(std::int64_t topk) const;
+
+ private:
+  std::int64_t num_experts_, first_local_expert_, num_local_experts_;
+  std::vector<ParamRow> rows_;
+  std::array<std::int64_t, 3> sizes_{};
+  std::int64_t num_units_ = 0;
+};
+
+/// Memory of the parameters as the model reads them, and of the sums of their gradients.
+class ParamStore {
+ public:
+  /// `sum_dtype`: i64 (reproducible), f32 or f64; no sums when not training.
+  ParamStore(const ParamRegistry& registry, DType compute, DType sum_dtype, bool training);
+
+  DType compute_dtype() const { return compute_; }
+  DType dtype(FlatId flat) const {
+    return flat == FlatId::dense_accumulate ? accumulate_dtype(compute_) : compute_;
+  }
+  DType sum_dtype() const { return sum_dtype_; }
+  const ParamRegistry& registry() const { return *registry_; }
+  /// All values of a flat, [1, n].
+  TensorView flat_values(FlatId flat) const { return value_views_[index_of(flat)]; }
+  TensorView flat_sums(FlatId flat) const { return sum_views_[index_of(flat)]; }
+  /// The (local expert's) tensor as [rows, cols]; `rows` > 0 asks for a view that spans following
+  /// rows as well.
+  TensorView values(ParamRef ref, std::int64_t local_expert = 0, std::int64_t rows = 0) const;
+  /// Where leaves of the tensor go; sum == nullptr for a frozen one.
+  GradientSum sums(ParamRef ref, std::int64_t local_expert = 0) const;
+  /// Limits of |leaf| for a step of `num_micro_batches`.
+  void set_num_micro_batches(std::int64_t num_micro_batches);
+  void zero_sums();
+  BadLeafFlag& bad_leaf() const { return *bad_leaf_; }
+  std::int64_t value_bytes() const;
+  std::int64_t sum_bytes() const;
+
+ private:
+  const ParamRegistry* registry_;
+  DType compute_, sum_dtype_;
+  bool training_;
+  std::int64_t num_micro_batches_ = 1;
+  std::vector<Arena> values_, sums_;
+  std::array<TensorView, 3> value_views_, sum_views_;
+  std::unique_ptr<BadLeafFlag> bad_leaf_;
+};
+
+/// Writes initial values of rows [begin, end) elements of one unit, by element index in the logical
+/// tensor; `out` is f32 or f64.
+void initial_values(const ParamRow& row, std::uint64_t seed, std::int64_t first_element,
+                    TensorView out);
+
+}  // namespace arcus

@@ -1,0 +1,81 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <vector>
+
+#include "kernels/arena.hpp"
+#include "kernels/gemm.hpp"
+#include "kernels/stream.hpp"
+
+namespace arcus {
+
+/// The unit of everything that could depend on how tokens are spread over ranks: a fixed number of
+/// sequences, numbered over the whole step. An idle rank has one with number -1 and no tokens.
+struct MicroBatch {
+  std::int64_t number = -1;
+  std::int64_t num_seqs = 0;
+  std::int64_t seq_len = 0;
+  ConstTensorView ids;        ///< [1, T] i32
+  ConstTensorView targets;    ///< [1, T] i32, -1 = none
+  ConstTensorView position;   ///< [1, T] i32, inside the sequence
+  ConstTensorView first_key;  ///< [1, T] i32, first position that may be attended to
+  double loss_scale = 0;      ///< 1 / target tokens of the whole step
+  double weight = 0;          ///< T_m / sum T, for auxiliary losses
+
+  std::int64_t num_tokens() const { return num_seqs * seq_len; }
+};
+
+/// What a micro-batch reports; all vectors are sized by the transformer, dense layers stay 0.
+struct MicroBatchStats {
+  double token_loss_sum = 0;        ///< over targets, f64 in token order
+  std::vector<double> aux_loss;     ///< [L], parts of the loss (coefficient and weight included)
+  std::vector<double> z_loss;       ///< [L], likewise
+  std::vector<double> entropy_sum;  ///< [L], sum over tokens
+  std::vector<std::int64_t> demand; ///< [L * E], tokens per expert before drops
+  std::vector<std::int64_t> dropped;    ///< [L], assignments
+  std::vector<std::int64_t> recv_rows;  ///< [L], rows this rank's experts processed
+};
+
+/// What routing one micro-batch left behind. T tokens, E experts, K choices; A = accumulate type.
+struct Routing {
+  TensorView x_wide;          ///< [T, H] A, empty when the compute type is A
+  TensorView z, s;            ///< [T, E] A: logits, scores
+  TensorView lse;             ///< [T, 1] A
+  TensorView topk_idx;        ///< [T, K] i32
+  TensorView expert_of_slot;  ///< [T, K] i32, -1 = dropped
+  TensorView weight;          ///< [T, K] A
+  TensorView fraction;        ///< [groups, E] A: f of the aux loss
+  std::int64_t capacity = 0;  ///< 0 = dropless
+};
+
+/// Sees the routing of every MoE layer as it is made (routing traces).
+using RoutingObserver =
+    std::function<void(std::int64_t layer, const MicroBatch& batch, const Routing& routing)>;
+
+/// What a pass through the layers carries along.
+struct PassContext {
+  Stream& stream;
+  Arena& saved;    ///< lives until the round's backward pass has used it
+  Arena& scratch;  ///< lives inside one layer call
+  const MicroBatch& batch;
+  MicroBatchStats& stats;
+  bool training = true;
+  std::int64_t step = 0;
+  std::int64_t layer = 0;
+  const RoutingObserver* observer = nullptr;
+  /// Called where the pass may block on other ranks (watchdog).
+  const std::function<void(std::int64_t layer, const char* what)>* heartbeat = nullptr;
+
+  void beat(const char* what) const {
+    if (heartbeat != nullptr && *heartbeat) (*heartbeat)(layer, what);
+  }
+};
+
+/// [rows, cols] with zeroed rows behind it up to a multiple of 32, plus `extra_rows`: what a weight
+/// gradient needs of its operands.
+TensorView allocate_padded(Arena& arena, DType dtype, std::int64_t rows, std::int64_t cols,
+                           std::int64_t extra_rows = 0);
+
+}  // namespace arcus

@@ -1,0 +1,76 @@
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "src/model/block.hpp"
+
+namespace arcus {
+
+/// Bytes a rank needs for one round, by arena.
+struct RoundMemory {
+  std::int64_t saved_bytes = 0;
+  std::int64_t scratch_bytes = 0;
+};
+
+/// The language model: embedding, blocks, final norm, head, loss. T tokens, H hidden, V vocabulary.
+class Transformer {
+ public:
+  /// Declares all parameters, in Hugging Face's names and in the order of a forward pass.
+  /// `micro_batch_tokens` = T of a full micro-batch (0 when not training).
+  Transformer(const ModelConfig& model, const RoutingConfig& routing,
+              std::int64_t micro_batch_tokens, ParamRegistry& registry);
+
+  const ModelConfig& model() const { return model_; }
+  const RoutingConfig& routing() const { return routing_; }
+  MicroBatchStats make_stats() const;
+  /// What `train` keeps per layer between forward and backward; made once, used every round.
+  struct Workspace {
+    std::vector<TensorView> inputs;  ///< [L + 1] of [T, H]
+    std::vector<Block::Saved> saved;
+  };
+  Workspace make_workspace() const;
+
+  /// Forward and backward of this rank's micro-batch, in step with the other ranks of the EP group;
+  /// adds all leaves to `params` and fills ctx.stats. `recompute`: keep layer inputs and routing only.
+  void train(PassContext& ctx, const ParamStore& params, TokenDispatcher& dispatcher,
+             Workspace& workspace, bool recompute) const;
+  /// Loss of the micro-batch, in evaluation form; token_loss [1, T] accumulate type.
+  void evaluate(PassContext& ctx, const ParamStore& params, TokenDispatcher& dispatcher,
+                TensorView token_loss) const;
+  /// Logits [B, V] (accumulate type) of the next token after ids [1, B] at ctx.batch.position.
+  void decode(PassContext& ctx, const ParamStore& params, TokenDispatcher& dispatcher,
+              std::vector<KvCache>& caches, TensorView logits) const;
+  std::vector<KvCache> make_caches(Arena& arena, std::int64_t num_seqs, std::int64_t max_len,
+                                   DType compute) const;
+
+  /// Dry pass: what a round with `rows` received rows a layer allocates.
+  RoundMemory count_round(std::int64_t num_tokens, std::int64_t rows, std::int64_t padded,
+                          const TokenDispatcher& dispatcher, DType compute, bool training,
+                          bool recompute) const;
+  std::vector<GemmShape> gemm_shapes(std::int64_t max_tokens, std::int64_t max_segment_rows,
+                                     DType compute, bool training) const;
+  PrimitiveReport build_primitives(Stream& stream, std::int64_t num_seqs, std::int64_t seq_len,
+                                   std::int64_t max_segment_rows, DType compute,
+                                   bool training) const;
+  /// Floating-point operations of forward and backward per token (matrix products only, causal
+  /// attention counted as half).
+  double training_flops_per_token(std::int64_t seq_len) const;
+
+ private:
+  TensorView embed(PassContext& ctx, const ParamStore& params) const;
+  TensorView final_norm(PassContext& ctx, const ParamStore& params, ConstTensorView x,
+                        TensorView& inv_rms) const;
+  void head_loss(PassContext& ctx, const ParamStore& params, ConstTensorView h, TensorView dh,
+                 TensorView token_loss) const;
+  std::int64_t head_chunk_rows() const;
+  ParamRef head_weight() const { return head_.valid() ? head_ : embedding_; }
+
+  ModelConfig model_;
+  RoutingConfig routing_;
+  ParamRef embedding_;
+  std::vector<Block> blocks_;
+  ParamRef final_norm_, head_;
+};
+
+}  // namespace arcus
