@@ -10,9 +10,9 @@ namespace arcus {
 /// A single rank, without any transport.
 std::unique_ptr<Communicator> make_self_communicator(CommunicatorOptions options = {});
 
-/// Runs `body(communicator)` on `num_ranks` threads that form a world (tests, and trying out layouts
-/// in one process). An exception on one rank ends the collectives of all; the first one (lowest
-/// rank) is thrown again.
+/// Runs `body(communicator)` on `num_ranks` threads that form a world (tests, and trying out
+/// layouts in one process). An exception on one rank ends the collectives of all; the first one
+/// (lowest rank) is thrown again.
 void run_on_threads(int num_ranks, CommunicatorOptions options,
                     const std::function<void(Communicator&)>& body);
 

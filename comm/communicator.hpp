@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <span>
 #include <string>
@@ -25,6 +26,11 @@ struct AllToAllV {
   void* recv = nullptr;
   std::span<const std::int64_t> recv_counts, recv_offsets;
   std::int64_t row_bytes = 0;
+  /// A few bytes that travel beside every row, with the same counts and offsets; 0 = none. All
+  /// ranks pass the same number.
+  const void* send_scalars = nullptr;
+  void* recv_scalars = nullptr;
+  std::int64_t scalar_bytes = 0;
 };
 
 struct AllReduce {
@@ -53,15 +59,20 @@ struct Broadcast {
 struct CommunicatorOptions {
   bool reproducible = true;  ///< refuse reductions of floating-point numbers
   bool checked = false;      ///< verify that all ranks make the same call (costs a small exchange)
+  /// Most elements one MPI call may carry; larger collectives go in pieces. Tests lower it.
+  std::int64_t max_call_elements = std::numeric_limits<std::int32_t>::max();
 };
 
 /// Collectives of a fixed set of ranks. Every rank makes the same calls in the same order; calls
 /// are ordered on the stream given and return an Event, which `Stream::wait` completes. The public
 /// functions check their arguments (both values in the message); backends move bytes. At most one
 /// unfinished all_to_all_v per communicator.
+///
+/// Without `checked`, a rank that is refused here throws alone and the others wait for it until
+/// somebody calls abort; in checked mode every rank throws.
 class Communicator {
  public:
-  virtual ~Communicator() = default;
+  virtual ~Communicator();
   Communicator(const Communicator&) = delete;
   Communicator& operator=(const Communicator&) = delete;
 
@@ -79,18 +90,20 @@ class Communicator {
   std::unique_ptr<Communicator> split(int color, int key);
   /// Memory for rows that will be exchanged; may be shared or registered with the transport.
   virtual Arena allocate_rows(std::string name, std::int64_t bytes);
-  /// Ends all ranks of the job with this rank's message. Does not return.
+  /// Ends all ranks of the job with this rank's message as the last line of the log. Does not
+  /// return; called where an error reaches the top of a rank. (Ranks that are threads of one
+  /// process throw the message instead.)
   [[noreturn]] virtual void abort(ExitCode code, std::string_view message) = 0;
   /// Ranks per node seen by this communicator's rank: the first rank of its node, for placement.
   virtual int node_local_rank() const { return rank_; }
   virtual int node_size() const { return size_; }
 
-  /// Bytes this rank has sent to other ranks, since the start.
+  /// Bytes this rank has sent to other ranks since the start; for reductions and gathers those that
+  /// the best known algorithm sends.
   std::int64_t sent_bytes() const { return sent_bytes_; }
 
  protected:
-  Communicator(int rank, int size, CommunicatorOptions options)
-      : rank_(rank), size_(size), options_(options) {}
+  Communicator(int rank, int size, CommunicatorOptions options);
   virtual Event do_all_to_all_v(const AllToAllV& args) = 0;
   virtual Event do_all_reduce(const AllReduce& args) = 0;
   virtual Event do_all_gather_v(const AllGatherV& args) = 0;
@@ -100,17 +113,28 @@ class Communicator {
   virtual std::unique_ptr<Communicator> do_split(int color, int key) = 0;
 
  private:
+  struct Call;
+  struct CallCheck;
+  /// What every collective does first: `validate()`, in checked mode the comparison with the calls
+  /// of the other ranks.
+  template <class Validate>
+  void enter(const Call& call, Validate&& validate);
+  void compare_calls(const Call& mine);
+  void compare_counts(const AllToAllV& args);
+
   int rank_;
   int size_;
   CommunicatorOptions options_;
   std::int64_t sent_bytes_ = 0;
+  std::unique_ptr<CallCheck> check_;  ///< buffers of checked mode
 };
 
 /// All ranks' texts, in rank order, on every rank; and rank `root`'s text on every rank.
 std::vector<std::string> gather_texts(Communicator& comm, Stream& stream, std::string_view text);
 std::string broadcast_text(Communicator& comm, Stream& stream, std::string_view text, int root = 0);
 /// Runs `fn` on every rank; if it threw on some rank, all ranks throw the error of the lowest such
-/// rank, its number in front. Use it where a rank may fail between two collectives.
+/// rank, its number in front. Use it where a rank may fail between two collectives; `fn` itself
+/// contains none.
 void agree_on_errors(Communicator& comm, Stream& stream, const std::function<void()>& fn);
 
 }  // namespace arcus

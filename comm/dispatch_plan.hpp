@@ -17,21 +17,28 @@ struct PlanTag {
 
 /// Where every kept (token, choice) of one round goes and what arrives here. Made once a layer and
 /// round, used four times: dispatch, combine and their gradients. Send order: by (owner rank,
-/// expert, token, choice rank). Received rows: by (source rank, local expert, token, choice rank), so
-/// that one peer's rows are contiguous; segments are sorted by (local expert, micro-batch).
-/// All storage is reserved by the dispatcher's `make_plan_storage`; making a plan allocates nothing.
+/// expert, token, choice rank). Received rows: by (source rank, local expert, token, choice rank),
+/// so that one peer's rows are contiguous; segments are sorted by (local expert, micro-batch). All
+/// storage is reserved by the dispatcher's `make_plan_storage`; making a plan allocates nothing.
 struct DispatchPlan {
-  std::int64_t num_tokens = 0;       ///< T of this rank's micro-batch
-  std::int64_t slots_per_token = 0;  ///< K
-  std::int64_t micro_batch = -1;     ///< global number of this rank's micro-batch; -1 = idle
+  std::int64_t num_tokens = 0;          ///< T of this rank's micro-batch
+  std::int64_t slots_per_token = 0;     ///< K
+  std::int64_t micro_batch = -1;        ///< global number of this rank's micro-batch; -1 = idle
   std::span<std::int32_t> row_of_slot;  ///< [T, K]: row in send order, or -1 where dropped
   std::span<std::int32_t> slot_of_row;  ///< [num_send_rows]: t * K + k, its inverse
   std::span<std::int64_t> send_counts, send_offsets;  ///< [P], [P] rows
   std::span<std::int64_t> recv_counts, recv_offsets;
-  std::span<Segment> segments;       ///< those with rows > 0
+  std::span<Segment> segments;  ///< those with rows > 0
   std::int64_t num_send_rows = 0;
   std::int64_t num_recv_rows = 0;    ///< R
   std::int64_t num_padded_rows = 0;  ///< Rp: every segment rounded up to 32 rows
+
+  /// What make_plan_storage reserved; the spans above are the parts of it in use.
+  struct Storage {
+    std::span<std::int32_t> row_of_slot, slot_of_row;
+    std::span<Segment> segments;
+  };
+  Storage storage;
 };
 
 }  // namespace arcus

@@ -45,8 +45,7 @@ class TokenDispatcher {
   /// rows[R, H] = copies of tokens[T, H]; row_scalars[1, R] = copies of slot_scalars[T, K] (both
   /// may be empty). The event completes the receive buffers; the inputs must live until then.
   virtual Event dispatch(Stream& stream, const DispatchPlan& plan, ConstTensorView tokens,
-                         ConstTensorView slot_scalars, TensorView rows,
-                         TensorView row_scalars) = 0;
+                         ConstTensorView slot_scalars, TensorView rows, TensorView row_scalars) = 0;
   /// The way back of rows[R, H] and row_scalars[1, R] (may be empty). `slot_rows` is filled at once
   /// and may be read when the event is complete.
   virtual Event combine(Stream& stream, const DispatchPlan& plan, ConstTensorView rows,

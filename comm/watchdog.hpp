@@ -12,8 +12,8 @@ namespace arcus {
 struct Heartbeat {
   std::int64_t step = 0;
   std::int64_t layer = 0;
-  std::int64_t sequence = 0;   ///< collectives so far
-  char collective[24] = {};    ///< the one entered last, empty outside
+  std::int64_t sequence = 0;  ///< collectives so far
+  char collective[24] = {};   ///< the one entered last, empty outside
 };
 
 /// A thread with a communicator of its own that collects every rank's heartbeat. When no rank has
