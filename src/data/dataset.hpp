@@ -8,14 +8,13 @@
 #include <vector>
 
 #include "src/base/dtype.hpp"
+#include "src/data/manifest.hpp"
 #include "src/data/tokenizer.hpp"
 
 namespace arcus {
 
-enum class Split { train, valid };
-
 /// One domain's tokens of one split, memory-mapped: documents one after the other, each ending with
-/// EOS. num_tokens may exceed 2^31.
+/// EOS. num_tokens may exceed 2^31. Constant functions may be called from several threads at once.
 class TokenFile {
  public:
   TokenFile();
@@ -25,22 +24,25 @@ class TokenFile {
   std::int64_t num_documents() const;
   /// UTF-8 bytes of the text the tokens stand for (EOS counts none).
   std::int64_t num_bytes() const;
-  /// Copies tokens [begin, begin + out.size()).
+  /// Copies tokens [begin, begin + out.size()). Throws (data) for an id outside the vocabulary.
   void read(std::int64_t begin, std::span<std::int32_t> out) const;
   /// First token of the document that token `index` belongs to.
   std::int64_t document_begin(std::int64_t index) const;
+  /// Token range [begin, end) of a document, EOS included.
+  std::pair<std::int64_t, std::int64_t> document_range(std::int64_t document) const;
 
  private:
   friend class TokenDataset;
   struct Impl;
+  explicit TokenFile(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };
 
-/// A folder made by `arcus prepare`.
+/// A folder made by `arcus prepare` (FORMAT.md).
 class TokenDataset {
  public:
-  /// Checks presence, sizes and headers of all files; `verify` also reads every byte and compares
-  /// checksums. Throws (data) naming the file and what is wrong with it.
+  /// Checks presence, sizes, headers and document boundaries of all files; `verify` also reads
+  /// every token and compares checksums. Throws (data) naming the file and what is wrong with it.
   static TokenDataset open(const std::filesystem::path& dir, bool verify = false);
 
   std::int64_t vocab_size() const { return vocab_size_; }
@@ -51,6 +53,10 @@ class TokenDataset {
   /// Index of a domain; throws (usage), listing the domains, for an unknown one.
   std::size_t domain_idx(const std::string& name) const;
   const TokenFile& file(std::size_t domain_idx, Split split) const;
+  /// tokenizer().token_bytes of every id.
+  std::span<const std::int64_t> token_bytes() const { return token_bytes_; }
+  /// The files' records, for reports.
+  const Manifest& manifest() const { return manifest_; }
 
  private:
   std::int64_t vocab_size_ = 0;
@@ -58,6 +64,8 @@ class TokenDataset {
   std::shared_ptr<const Tokenizer> tokenizer_;
   std::vector<std::string> domains_;
   std::vector<TokenFile> train_, valid_;
+  std::vector<std::int64_t> token_bytes_;
+  Manifest manifest_;
 };
 
 }  // namespace arcus
