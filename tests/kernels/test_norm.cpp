@@ -1,0 +1,212 @@
+#include "kernels/norm.hpp"
+
+#include "tests/kernels/op_test.hpp"
+
+namespace arcus {
+namespace {
+
+using namespace test;  // NOLINT(google-build-using-namespace)
+
+struct Case {
+  std::int64_t rows, cols, group;
+};
+const std::vector<Case> kCases = {{0, 8, 8},    {1, 5, 5},     {3, 7, 7},      {5, 24, 8},
+                                  {70, 64, 64}, {130, 48, 16}, {64, 100, 100}, {33, 96, 32}};
+
+template <class T>
+struct Forward {
+  Matrix<T> y;
+  Matrix<Acc<T>> inv_rms;
+};
+template <class T>
+Forward<T> forward(Stream& stream, const Matrix<T>& x, const Matrix<Acc<T>>& gain,
+                   std::int64_t padding = 0) {
+  Forward<T> out{Matrix<T>(x.rows(), x.cols(), padding),
+                 Matrix<Acc<T>>(x.rows(), x.cols() / gain.cols())};
+  rmsnorm_forward(stream, {.y = out.y, .inv_rms = out.inv_rms, .x = x, .gain = gain, .eps = 1e-5});
+  return out;
+}
+
+template <class T>
+struct Backward {
+  Matrix<T> dx;
+  Matrix<Acc<T>> dgain;
+};
+/// dgain as plain sums, which a single leaf enters unchanged.
+template <class T>
+Backward<T> backward(Stream& stream, const Matrix<T>& dy, const Matrix<T>* residual,
+                     const Matrix<T>& x, const Matrix<Acc<T>>& inv_rms,
+                     const Matrix<Acc<T>>& gain) {
+  using A = Acc<T>;
+  Backward<T> out{Matrix<T>(x.rows(), x.cols(), 3), filled<A>(1, gain.cols(), A(0))};
+  rmsnorm_backward(stream, {.dx = out.dx,
+                            .dgain = {.sum = out.dgain.data().data(), .dtype = dtype_of<A>()},
+                            .dy = dy,
+                            .residual = residual == nullptr ? ConstTensorView() : residual->view(),
+                            .x = x,
+                            .inv_rms = inv_rms,
+                            .gain = gain});
+  return out;
+}
+
+/// The formula, term by term.
+Doubles reference(const Doubles& x, const Doubles& gain, double eps) {
+  Doubles y(x.rows(), x.cols());
+  const std::int64_t n = gain.cols();
+  for (std::int64_t t = 0; t < x.rows(); ++t) {
+    for (std::int64_t first = 0; first < x.cols(); first += n) {
+      double squares = 0;
+      for (std::int64_t i = 0; i < n; ++i) squares += std::pow(x.at(t, first + i), 2);
+      for (std::int64_t i = 0; i < n; ++i) {
+        y.at(t, first + i) =
+            x.at(t, first + i) / std::sqrt(squares / static_cast<double>(n) + eps) * gain.at(0, i);
+      }
+    }
+  }
+  return y;
+}
+
+TEST(RmsNorm, DoubleMatchesTheFormula) {
+  Stream stream(2);
+  for (const Case& c : kCases) {
+    const Doubles x = normals(c.rows, c.cols, 1);
+    const Doubles gain = normals(1, c.group, 2);
+    expect_near(forward<double>(stream, x, gain).y, reference(x, gain, 1e-5), 1e-14, "y");
+  }
+}
+
+template <class T>
+void expect_type_near_double() {
+  using A = Acc<T>;
+  Stream stream(2);
+  for (const Case& c : kCases) {
+    const Doubles x = normals(c.rows, c.cols, 1);
+    const Doubles gain = normals(1, c.group, 2);
+    const Doubles dy = normals(c.rows, c.cols, 3);
+    const Doubles residual = normals(c.rows, c.cols, 4);
+    const auto exact = forward<double>(stream, x, gain);
+    const auto exact_back = backward<double>(stream, dy, &residual, x, exact.inv_rms, gain);
+    const auto y = forward<T>(stream, as<T>(x, 5), as<A>(gain), 2);
+    const Matrix<T> residual_t = as<T>(residual, 1);
+    const auto back =
+        backward<T>(stream, as<T>(dy, 2), &residual_t, as<T>(x), y.inv_rms, as<A>(gain));
+    const double u = unit_roundoff<T>();
+    expect_near(y.y, exact.y, 4 * u, "y");
+    expect_near(back.dx, widened(exact_back.dx), 8 * u, "dx");
+    // The leaf is summed in f64 from products of inputs: only inv_rms and the last rounding show.
+    expect_near(back.dgain, exact_back.dgain, 8 * unit_roundoff<A>(), "dgain");
+  }
+}
+TEST(RmsNorm, FloatMatchesDouble) { expect_type_near_double<float>(); }
+TEST(RmsNorm, Bf16MatchesDouble) { expect_type_near_double<bf16>(); }
+
+TEST(RmsNorm, GradientsMatchDifferences) {
+  Stream stream(1);
+  for (const auto& [rows, cols, group] : std::vector<Case>{{3, 7, 7}, {4, 12, 4}, {66, 6, 3}}) {
+    for (const bool with_residual : {false, true}) {
+      Doubles x = normals(rows, cols, 5);
+      Doubles gain = normals(1, group, 6);
+      const Doubles dy = normals(rows, cols, 7);
+      const Doubles residual = normals(rows, cols, 8);
+      const auto y = forward<double>(stream, x, gain);
+      const auto back =
+          backward<double>(stream, dy, with_residual ? &residual : nullptr, x, y.inv_rms, gain);
+      const auto loss = [&] {
+        // A residual is the gradient of a branch that passes x unchanged.
+        return inner(forward<double>(stream, x, gain).y, dy) +
+               (with_residual ? inner(x, residual) : 0);
+      };
+      expect_gradient(x, widened(back.dx), loss, "dx");
+      if (!with_residual) expect_gradient(gain, back.dgain, loss, "dgain");
+    }
+  }
+}
+
+TEST(RmsNorm, BackwardMayOverwriteDyAndForwardX) {
+  Stream stream(2);
+  const Matrix<float> x = as<float>(normals(70, 32, 1));
+  const Matrix<float> gain = as<float>(normals(1, 16, 2));
+  const Matrix<float> dy = as<float>(normals(70, 32, 3));
+  const auto y = forward<float>(stream, x, gain);
+  Matrix<float> in_place = x;
+  Matrix<float> inv_rms(70, 2);
+  rmsnorm_forward(stream,
+                  {.y = in_place, .inv_rms = inv_rms, .x = in_place, .gain = gain, .eps = 1e-5});
+  EXPECT_TRUE(in_place.same_bits(y.y));
+  Matrix<float> expected(70, 32);
+  Matrix<float> dgain = filled<float>(1, 16, 0);
+  Matrix<float> dgain_in_place = dgain;
+  rmsnorm_backward(stream, {.dx = expected,
+                            .dgain = {.sum = dgain.data().data(), .dtype = DType::f32},
+                            .dy = dy,
+                            .x = x,
+                            .inv_rms = inv_rms,
+                            .gain = gain});
+  Matrix<float> dx = dy;
+  rmsnorm_backward(stream, {.dx = dx,
+                            .dgain = {.sum = dgain_in_place.data().data(), .dtype = DType::f32},
+                            .dy = dx,
+                            .x = x,
+                            .inv_rms = inv_rms,
+                            .gain = gain});
+  EXPECT_TRUE(dx.same_bits(expected));
+  EXPECT_TRUE(dgain_in_place.same_bits(dgain));
+}
+
+TEST(RmsNorm, BitsDependNeitherOnThreadsNorOnOtherRows) {
+  Stream one(1);
+  Stream three(3);
+  const Matrix<bf16> x = as<bf16>(normals(200, 72, 1));
+  const Matrix<bf16> dy = as<bf16>(normals(200, 72, 2));
+  const Matrix<float> gain = as<float>(normals(1, 24, 3));
+  const auto a = forward<bf16>(one, x, gain);
+  const auto b = forward<bf16>(three, x, gain);
+  EXPECT_TRUE(a.y.same_bits(b.y));
+  const auto back_a = backward<bf16>(one, dy, nullptr, x, a.inv_rms, gain);
+  const auto back_b = backward<bf16>(three, dy, nullptr, x, a.inv_rms, gain);
+  EXPECT_TRUE(back_a.dx.same_bits(back_b.dx));
+  EXPECT_TRUE(back_a.dgain.same_bits(back_b.dgain));
+  const auto part = forward<bf16>(one, rows_of(x, 37, 5), gain);
+  EXPECT_TRUE(part.y.same_bits(rows_of(a.y, 37, 5)));
+}
+
+TEST(RmsNorm, GainLeafFollowsItsBlocks) {
+  Stream stream(2);
+  const std::int64_t rows = 150;
+  const Matrix<float> x = as<float>(normals(rows, 20, 1));
+  const Matrix<float> dy = as<float>(normals(rows, 20, 2));
+  const Matrix<float> gain = as<float>(normals(1, 5, 3));
+  const auto y = forward<float>(stream, x, gain);
+  const auto back = backward<float>(stream, dy, nullptr, x, y.inv_rms, gain);
+  for (std::int64_t c = 0; c < 5; ++c) {
+    double total = 0;
+    for (std::int64_t first = 0; first < rows; first += 64) {
+      double block = 0;
+      for (std::int64_t t = first; t < std::min(rows, first + 64); ++t) {
+        for (std::int64_t h = 0; h < 4; ++h) {
+          block += to_double(dy.at(t, h * 5 + c)) * to_double(x.at(t, h * 5 + c)) *
+                   to_double(y.inv_rms.at(t, h));
+        }
+      }
+      total += block;
+    }
+    EXPECT_EQ(back.dgain.at(0, c), static_cast<float>(total));
+  }
+}
+
+TEST(RmsNorm, WideGainIsCutIntoChunks) {
+  Stream stream(2);
+  const std::int64_t cols = 4100;
+  const Doubles x = normals(3, cols, 1);
+  const Doubles gain = normals(1, cols, 2);
+  const auto y = forward<double>(stream, x, gain);
+  const auto back = backward<double>(stream, x, nullptr, x, y.inv_rms, gain);
+  for (const std::int64_t c : {std::int64_t{0}, std::int64_t{4095}, std::int64_t{4096}, cols - 1}) {
+    double sum = 0;
+    for (std::int64_t t = 0; t < 3; ++t) sum += x.at(t, c) * x.at(t, c) * y.inv_rms.at(t, 0);
+    EXPECT_DOUBLE_EQ(back.dgain.at(0, c), sum);
+  }
+}
+
+}  // namespace
+}  // namespace arcus
