@@ -1,18 +1,39 @@
 #include "src/base/log.hpp"
 
+#include <spdlog/pattern_formatter.h>
 #include <spdlog/sinks/basic_file_sink.h>
 #include <spdlog/sinks/stdout_color_sinks.h>
 
 #include "src/base/error.hpp"
 
 namespace arcus {
+namespace {
+
+/// What stands in front of a message: nothing for information, "warning: ", "arcus: error: ".
+class LevelPrefix : public spdlog::custom_flag_formatter {
+ public:
+  void format(const spdlog::details::log_msg& message, const std::tm&,
+              spdlog::memory_buf_t& out) override {
+    const std::string_view prefix = message.level >= spdlog::level::err    ? "arcus: error: "
+                                    : message.level >= spdlog::level::warn ? "warning: "
+                                                                           : "";
+    out.append(prefix.data(), prefix.data() + prefix.size());
+  }
+  std::unique_ptr<spdlog::custom_flag_formatter> clone() const override {
+    return std::make_unique<LevelPrefix>();
+  }
+};
+
+}  // namespace
 
 void init_log(int rank, int num_ranks) {
   auto sink = std::make_shared<spdlog::sinks::stderr_color_sink_mt>();
   auto logger = std::make_shared<spdlog::logger>("arcus", sink);
   logger->set_level(rank == 0 ? spdlog::level::info : spdlog::level::warn);
-  logger->set_pattern(num_ranks > 1 && rank > 0 ? fmt::format("[rank {}] %^%l%$: %v", rank)
-                                                : "%^%l%$: %v");
+  auto formatter = std::make_unique<spdlog::pattern_formatter>();
+  formatter->add_flag<LevelPrefix>('*').set_pattern(
+      num_ranks > 1 && rank > 0 ? fmt::format("%^%*%$rank {}: %v", rank) : "%^%*%$%v");
+  logger->set_formatter(std::move(formatter));
   logger->flush_on(spdlog::level::info);
   spdlog::set_default_logger(std::move(logger));
 }

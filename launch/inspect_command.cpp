@@ -1,0 +1,207 @@
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "checkpoints/checkpoint.hpp"
+#include "launch/commands.hpp"
+#include "src/base/error.hpp"
+#include "src/base/hash.hpp"
+#include "src/base/log.hpp"
+#include "src/data/dataset.hpp"
+
+namespace arcus {
+namespace {
+
+namespace fs = std::filesystem;
+using Json = nlohmann::ordered_json;
+
+struct Arguments {
+  std::string path;
+  bool json = false;
+  bool digest = false;
+  bool verify = false;
+  bool config = false;
+  bool tensors = false;
+};
+
+constexpr const char* kFooter =
+    "PATH is a checkpoint, a run folder (its latest checkpoint), a file inside one of them, or a\n"
+    "data set made by `arcus prepare`.\n"
+    "\n"
+    "Examples:\n"
+    "  arcus inspect runs/first                   # latest checkpoint in short\n"
+    "  arcus inspect runs/first --digest          # one hash over all tensors, equal for any "
+    "layout\n"
+    "  arcus inspect runs/first --config > again.toml\n"
+    "  arcus inspect data/books --verify          # read every byte and compare checksums";
+
+bool is_dataset(const fs::path& dir) { return fs::exists(dir / "dataset.json"); }
+
+/// The folder that `path` means: itself, or the folder of a file given by name.
+fs::path folder_of(const std::string& path) {
+  const fs::path given(path);
+  ARCUS_REQUIRE(fs::exists(given), ExitCode::usage,
+                "{} does not exist; give a checkpoint, a run folder or a data set", path);
+  if (fs::is_directory(given)) return given;
+  const fs::path parent = given.parent_path();
+  return parent.empty() ? fs::path(".") : parent;
+}
+
+Json domain_json(const DomainRecord& domain) {
+  Json json = {{"name", domain.name}};
+  for (const Split split : kSplits) {
+    const FileRecord& file = domain.file(split);
+    json[name_of(split)] = {{"file", file.file},
+                            {"documents", file.num_documents},
+                            {"bytes", file.num_bytes},
+                            {"tokens", file.num_tokens},
+                            {"dtype", std::string(name_of(file.dtype))},
+                            {"hash", hex(file.tokens_hash)}};
+  }
+  return json;
+}
+
+Json dataset_json(const TokenDataset& dataset, const fs::path& path) {
+  const Manifest& manifest = dataset.manifest();
+  Json json = {{"kind", "dataset"},
+               {"path", path.string()},
+               {"tokenizer", manifest.tokenizer_kind},
+               {"vocab_size", dataset.vocab_size()},
+               {"fingerprint", hex(dataset.fingerprint())},
+               {"made_by", manifest.made_by}};
+  for (const DomainRecord& domain : manifest.domains)
+    json["domains"].push_back(domain_json(domain));
+  return json;
+}
+
+void print_dataset(const TokenDataset& dataset, const fs::path& path) {
+  const Manifest& manifest = dataset.manifest();
+  fmt::print("data set     {}\n", path.string());
+  fmt::print("tokenizer    {}, vocabulary {}\n", manifest.tokenizer_kind, dataset.vocab_size());
+  fmt::print("fingerprint  {}\n", hex(dataset.fingerprint()));
+  fmt::print("made by      {}\n\n", manifest.made_by);
+  fmt::print("{:<16} {:<6} {:>10} {:>14} {:>14}\n", "domain", "split", "documents", "bytes",
+             "tokens");
+  for (const DomainRecord& domain : manifest.domains) {
+    for (const Split split : kSplits) {
+      const FileRecord& file = domain.file(split);
+      fmt::print("{:<16} {:<6} {:>10} {:>14} {:>14}\n", domain.name, name_of(split),
+                 file.num_documents, file.num_bytes, file.num_tokens);
+    }
+  }
+}
+
+int inspect_dataset(const Arguments& arguments, const fs::path& path) {
+  ARCUS_REQUIRE(!arguments.config && !arguments.tensors, ExitCode::usage,
+                "{} is a data set; --config and --tensors are for checkpoints", path.string());
+  const TokenDataset dataset = TokenDataset::open(path, arguments.verify);
+  if (arguments.digest) {
+    fmt::print("{}\n", hex(dataset.fingerprint()));
+  } else if (arguments.json) {
+    fmt::print("{}\n", dataset_json(dataset, path).dump(2));
+  } else {
+    print_dataset(dataset, path);
+    if (arguments.verify) fmt::print("\nall files are whole\n");
+  }
+  return static_cast<int>(ExitCode::ok);
+}
+
+Json tensor_json(const StoredTensor& tensor) {
+  return {{"name", tensor.spec.name},
+          {"dtype", std::string(name_of(tensor.spec.dtype))},
+          {"shape", tensor.spec.shape},
+          {"bytes", tensor.bytes()},
+          {"hash", hex(tensor.hash())}};
+}
+
+Json checkpoint_json(const Checkpoint& checkpoint) {
+  const CheckpointInfo& info = checkpoint.info;
+  Json json = {{"kind", "checkpoint"},
+               {"path", checkpoint.path.string()},
+               {"step", info.step},
+               {"num_ranks", info.num_ranks},
+               {"digest", hex(checkpoint.digest())},
+               {"bytes", checkpoint.bytes()},
+               {"created_by", info.created_by},
+               {"run_id", info.run_id},
+               {"fingerprint", info.fingerprint},
+               {"config", info.config_text}};
+  for (const StoredFile& file : checkpoint.files) {
+    json["files"].push_back({{"name", file.name}, {"size", file.size}, {"hash", hex(file.hash)}});
+  }
+  for (const StoredTensor& tensor : checkpoint.tensors) {
+    json["tensors"].push_back(tensor_json(tensor));
+  }
+  return json;
+}
+
+std::string shape_text(const std::vector<std::int64_t>& shape) {
+  std::string text;
+  for (const std::int64_t n : shape) text += fmt::format("{}{}", text.empty() ? "" : " x ", n);
+  return text.empty() ? "1" : text;
+}
+
+void print_tensors(const Checkpoint& checkpoint) {
+  fmt::print("\n{:<64} {:<5} {:>20} {:>13}  {}\n", "tensor", "type", "shape", "bytes", "hash");
+  for (const StoredTensor& tensor : checkpoint.tensors) {
+    fmt::print("{:<64} {:<5} {:>20} {:>13}  {}\n", tensor.spec.name, name_of(tensor.spec.dtype),
+               shape_text(tensor.spec.shape), tensor.bytes(), hex(tensor.hash()));
+  }
+}
+
+void print_checkpoint(const Checkpoint& checkpoint) {
+  const CheckpointInfo& info = checkpoint.info;
+  fmt::print("checkpoint   {}\n", checkpoint.path.string());
+  fmt::print("step         {}\n", info.step);
+  fmt::print("digest       {}\n", hex(checkpoint.digest()));
+  fmt::print("size         {} tensors, {:.1f} MB in {} files\n", checkpoint.tensors.size(),
+             static_cast<double>(checkpoint.bytes()) / 1e6, checkpoint.files.size());
+  fmt::print("written by   {} on {} rank{}\n", info.created_by, info.num_ranks,
+             info.num_ranks == 1 ? "" : "s");
+  fmt::print("run          {}\n", info.run_id);
+}
+
+int inspect_checkpoint(const Arguments& arguments, const fs::path& path) {
+  const Checkpoint checkpoint = open_checkpoint(locate_checkpoint(path));
+  if (arguments.verify) verify_checkpoint(checkpoint);
+  if (arguments.digest) {
+    fmt::print("{}\n", hex(checkpoint.digest()));
+  } else if (arguments.config) {
+    fmt::print("{}", checkpoint.info.config_text);
+  } else if (arguments.json) {
+    fmt::print("{}\n", checkpoint_json(checkpoint).dump(2));
+  } else {
+    print_checkpoint(checkpoint);
+    if (arguments.tensors) print_tensors(checkpoint);
+    if (arguments.verify) fmt::print("\nall tensors and files are whole\n");
+  }
+  return static_cast<int>(ExitCode::ok);
+}
+
+int run_inspect(const Arguments& arguments) {
+  init_log(0, 1);
+  const fs::path folder = folder_of(arguments.path);
+  return is_dataset(folder) ? inspect_dataset(arguments, folder)
+                            : inspect_checkpoint(arguments, folder);
+}
+
+}  // namespace
+
+void add_inspect_command(CLI::App& app, Action& action) {
+  CLI::App* command = app.add_subcommand("inspect", "Show what a checkpoint or a data set holds");
+  auto args = std::make_shared<Arguments>();
+  command->add_option("path", args->path, "checkpoint, run folder or data set")->required();
+  CLI::Option* json = command->add_flag("--json", args->json, "everything, as JSON");
+  command->add_flag("--digest", args->digest, "one hash over the content")->excludes(json);
+  command->add_flag("--config", args->config, "the run's configuration")->excludes(json);
+  command->add_flag("--tensors", args->tensors, "a line for every tensor");
+  command->add_flag("--verify", args->verify, "read all of it and compare every checksum");
+  command->footer(kFooter);
+  command->callback([&action, args] { action = [args] { return run_inspect(*args); }; });
+}
+
+}  // namespace arcus

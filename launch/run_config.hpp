@@ -1,0 +1,50 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "comm/process_groups.hpp"
+#include "src/data/config.hpp"
+#include "src/model/config.hpp"
+#include "src/train/config.hpp"
+
+namespace arcus {
+
+/// The configuration of a run. Each folder owns its struct; option_table() lists the keys.
+struct Config {
+  RunConfig run;
+  ModelConfig model;
+  RoutingConfig routing;
+  TrainConfig train;
+  std::vector<ParamGroupConfig> groups;
+  DataConfig data;
+  ParallelConfig parallel;
+  EvalConfig eval;
+  CheckpointConfig checkpoint;
+};
+
+/// Reads TOML text on top of the defaults. `source` names it in messages. Throws (usage) naming
+/// every unknown key, wrong type and value out of range, with its line and what would do.
+Config from_toml(std::string_view text, const std::string& source);
+/// from_toml of a file, then each of `sets` ("section.key=value") in order; not yet validated.
+Config load_config(const std::filesystem::path& file, std::span<const std::string> sets);
+/// One `--set`: the value in TOML syntax, a bare word stands for text. Rows of an array are
+/// `section.N.key=value` (N counts from 0; the next free N adds a row) or `section=[{...}]`.
+void apply_set(Config& config, const std::string& assignment);
+
+/// Canonical text: every key, in table order; from_toml(to_toml(c)) equals c bit for bit.
+std::string to_toml(const Config& config);
+/// The keys whose values are not the defaults, one "section.key = value" a line.
+std::string changed_from_defaults(const Config& config);
+/// Every key with its default, meaning and allowed values; itself a valid configuration file.
+std::string config_help();
+
+/// Cross-field rules. Throws (usage) naming the fields, their values and a value that would do.
+/// Rules that need the data or the number of ranks are checked where those are known.
+void validate(const Config& config);
+
+}  // namespace arcus

@@ -1,0 +1,94 @@
+#include "launch/session.hpp"
+
+#include <fmt/format.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <new>
+#include <string>
+
+#include "launch/signals.hpp"
+#include "src/base/log.hpp"
+
+namespace arcus {
+namespace {
+
+void print_error(const std::string& message) {
+  std::fflush(stdout);
+  spdlog::default_logger()->flush();
+  fmt::print(stderr, "arcus: error: {}\n", message);
+  std::fflush(stderr);
+}
+
+}  // namespace
+
+Session::Session(CommunicatorOptions options) {
+  if (MpiSession::launched()) {
+    int argc = 0;
+    char** argv = nullptr;
+    mpi_ = std::make_unique<MpiSession>(&argc, &argv);
+    comm_ = mpi_->world(options);
+  } else {
+    comm_ = make_self_communicator(options);
+  }
+  init_log(comm_->rank(), comm_->size());
+}
+
+void Session::together(const std::function<void()>& fn) {
+  try {
+    agree_on_errors(*comm_, stream_, fn);
+  } catch (const Error& error) {
+    // When communication itself failed the ranks share nothing any more.
+    agreed_ = error.code() != ExitCode::comm;
+    throw;
+  }
+}
+
+int run_session(CommunicatorOptions options, const std::function<ExitCode(Session&)>& body) {
+  Session session(options);
+  try {
+    return static_cast<int>(body(session));
+  } catch (const std::exception& error) {
+    const Failure failure = describe_failure(error);
+    if (failure.code == ExitCode::comm) ignore_stop_requests();
+    if (session.comm().size() > 1 && !session.agreed_) {
+      session.comm().abort(failure.code, failure.message);
+    }
+    if (session.is_root()) print_error(failure.message);
+    // The launcher ends everybody once a rank is gone with an error: print first, then leave.
+    session.comm().barrier(session.stream());
+    return static_cast<int>(failure.code);
+  }
+}
+
+Failure describe_failure(const std::exception& error) {
+  if (const auto* known = dynamic_cast<const Error*>(&error)) {
+    if (known->code() != ExitCode::internal) return {known->code(), known->what()};
+    return {known->code(), fmt::format("{} (a defect of Arcus, {}:{})", known->what(),
+                                       known->file(), known->line())};
+  }
+  if (dynamic_cast<const std::bad_alloc*>(&error) != nullptr) {
+    return {ExitCode::internal,
+            "out of memory; `arcus train --plan` shows what a run needs per rank"};
+  }
+  if (dynamic_cast<const std::filesystem::filesystem_error*>(&error) != nullptr) {
+    return {ExitCode::usage, error.what()};
+  }
+  return {ExitCode::internal, fmt::format("unexpected exception: {}", error.what())};
+}
+
+int report_failure(const std::exception& error) {
+  const Failure failure = describe_failure(error);
+  print_error(failure.message);
+  return static_cast<int>(failure.code);
+}
+
+int launcher_rank() {
+  for (const char* name : {"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID"}) {
+    if (const char* text = std::getenv(name)) return std::atoi(text);
+  }
+  return 0;
+}
+
+}  // namespace arcus
