@@ -19,11 +19,11 @@ struct BasicTensorView {
   std::int64_t stride = 0;  ///< elements from one row to the next, >= cols
 
   BasicTensorView() = default;
-  BasicTensorView(Void* data, DType dtype, std::int64_t rows, std::int64_t cols,
-                  std::int64_t stride)
-      : data(data), dtype(dtype), rows(rows), cols(cols), stride(stride) {}
-  BasicTensorView(Void* data, DType dtype, std::int64_t rows, std::int64_t cols)
-      : BasicTensorView(data, dtype, rows, cols, cols) {}
+  BasicTensorView(Void* first, DType type, std::int64_t num_rows, std::int64_t num_cols,
+                  std::int64_t row_stride)
+      : data(first), dtype(type), rows(num_rows), cols(num_cols), stride(row_stride) {}
+  BasicTensorView(Void* first, DType type, std::int64_t num_rows, std::int64_t num_cols)
+      : BasicTensorView(first, type, num_rows, num_cols, num_cols) {}
   /// A mutable view serves where a const one is asked for.
   template <class Other>
     requires(std::is_const_v<Void> && !std::is_const_v<Other>)

@@ -34,26 +34,27 @@ ParamRef ParamRegistry::add(ParamRow row) {
 }
 
 std::vector<ParamRef> ParamRegistry::add_experts(std::vector<ParamRow> rows) {
-  std::int64_t& size = sizes_[index_of(FlatId::expert_compute)];
-  size = align(size);
   std::int64_t stride = 0;
   for (ParamRow& row : rows) {
+    ARCUS_CHECK(row.shape[0] == num_experts_, "{} has {} experts, the model {}", row.name,
+                row.shape[0], num_experts_);
     row.kind = ParamKind::expert;
     row.flat = FlatId::expert_compute;
-    row.offset = size + stride;
+    row.expert_offset = stride;
     stride += row.unit_elements();
   }
   std::vector<ParamRef> refs;
   for (ParamRow& row : rows) {
-    ARCUS_CHECK(row.shape[0] == num_experts_, "{} has {} experts, the model {}", row.name,
-                row.shape[0], num_experts_);
+    row.strides_before = expert_strides_;
     row.expert_stride = align(stride);
+    row.offset = num_local_experts_ * row.strides_before + row.expert_offset;
     row.first_unit_idx = num_units_;
     num_units_ += num_experts_;
     rows_.push_back(std::move(row));
     refs.push_back({static_cast<int>(rows_.size()) - 1});
   }
-  size += num_local_experts_ * align(stride);
+  expert_strides_ += align(stride);
+  sizes_[index_of(FlatId::expert_compute)] = expert_flat_size(num_local_experts_);
   return refs;
 }
 
@@ -74,13 +75,16 @@ std::vector<ParamBlock> ParamRegistry::blocks(FlatId flat, std::int64_t first_ex
     const ParamRow& row = rows_[i];
     if (row.flat != flat) continue;
     const TensorSpec spec = row.spec(DType::f32);
-    const std::int64_t units = row.kind == ParamKind::expert ? num_experts : 1;
+    const bool expert = row.kind == ParamKind::expert;
+    const std::int64_t units = expert ? num_experts : 1;
+    const std::int64_t offset =
+        expert ? num_experts * row.strides_before + row.expert_offset : row.offset;
     for (std::int64_t local = 0; local < units; ++local) {
       for (std::int64_t b = 0; b < blocks_per_unit(spec); ++b) {
         const RowRange range = block_range(spec, b);  // rows of unit 0
         result.push_back({static_cast<int>(i),
-                          row.kind == ParamKind::expert ? first_expert + local : 0, b,
-                          row.offset + local * row.expert_stride + range.begin * spec.cols(),
+                          expert ? first_expert + local : 0, b,
+                          offset + local * row.expert_stride + range.begin * spec.cols(),
                           (range.end - range.begin) * spec.cols()});
       }
     }

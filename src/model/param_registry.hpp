@@ -41,6 +41,8 @@ struct ParamRow {
   std::int64_t first_unit_idx = 0;  ///< registry index of its (first) unit
   std::int64_t offset = 0;          ///< first element in the flat (of local expert 0)
   std::int64_t expert_stride = 0;   ///< elements from one local expert to the next
+  std::int64_t expert_offset = 0;   ///< first element inside one expert of its layer
+  std::int64_t strides_before = 0;  ///< sum of expert_stride over the layers before
 
   std::int64_t num_units() const { return kind == ParamKind::expert ? shape[0] : 1; }
   TensorSpec spec(DType dtype) const { return {name, dtype, shape, num_units()}; }
@@ -77,6 +79,10 @@ class ParamRegistry {
   std::vector<ParamRow>& mutable_rows() { return rows_; }
   const ParamRow& row(ParamRef ref) const { return rows_[static_cast<std::size_t>(ref.idx)]; }
   std::int64_t flat_size(FlatId flat) const { return sizes_[index_of(flat)]; }
+  /// Elements of the expert flat on a rank that holds `num_experts` of them.
+  std::int64_t expert_flat_size(std::int64_t num_experts) const {
+    return num_experts * expert_strides_;
+  }
   std::int64_t num_units() const { return num_units_; }
   /// Name of a unit, e.g. "model.layers.1.mlp.experts.gate_proj.weight[5]".
   std::string unit_name(std::int64_t unit_idx) const;
@@ -97,6 +103,7 @@ class ParamRegistry {
   std::vector<ParamRow> rows_;
   std::array<std::int64_t, 3> sizes_{};
   std::int64_t num_units_ = 0;
+  std::int64_t expert_strides_ = 0;  ///< of all layers
 };
 
 /// Memory of the parameters as the model reads them, and of the sums of their gradients.

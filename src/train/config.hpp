@@ -43,7 +43,6 @@ struct RunConfig {
   bool reproducible = true;     ///< same bits at any layout
   double max_minutes = 0;       ///< stop (checkpoint, exit 0) after this much wall-clock time; 0 = no limit
   std::int64_t trace_routing_every = 0;  ///< write a routing trace every n steps; 0 = never
-  std::int64_t digest_every = 0;         ///< log a digest of the state every n steps; 0 = never
   double stuck_after_s = 600;            ///< the watchdog's patience
   std::int64_t max_bad_steps = 10;       ///< non-finite steps in a row before the run stops
 };

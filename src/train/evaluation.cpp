@@ -1,0 +1,109 @@
+#include "src/train/evaluation.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <numbers>
+
+#include "src/train/batch.hpp"
+#include "src/train/schedule.hpp"
+
+namespace arcus {
+namespace {
+
+/// Evaluates one domain; scratch buffers live as long as the evaluation.
+class DomainEvaluator {
+ public:
+  DomainEvaluator(ModelInstance& instance, const EvalSampler& sampler,
+                  std::int64_t max_micro_batches)
+      : instance_(instance),
+        sampler_(sampler),
+        buffers_(instance.options().micro_batch_seqs, instance.options().seq_len),
+        stats_(instance.transformer().make_stats()) {
+    const std::int64_t seqs = instance.options().micro_batch_seqs;
+    const std::int64_t all = (sampler.num_windows() + seqs - 1) / seqs;
+    schedule_ = {max_micro_batches > 0 ? std::min(all, max_micro_batches) : all,
+                 instance.world().size()};
+  }
+
+  DomainEval run(const std::string& name) {
+    DomainEval result{.domain = name};
+    double loss = 0;
+    for (std::int64_t round = 0; round < schedule_.rounds(); ++round) {
+      for (const double part : gather(run_round(round))) loss += part;
+    }
+    std::int64_t totals[2] = {targets_, bytes_};
+    Stream& stream = instance_.stream();
+    stream.wait(instance_.world().all_reduce(stream, {.buffer = {totals, DType::i64, 1, 2}}));
+    result.tokens = totals[0];
+    result.bytes = totals[1];
+    result.loss = loss / static_cast<double>(std::max<std::int64_t>(1, result.tokens));
+    result.ppl = std::exp(result.loss);
+    result.bits_per_byte = loss / std::numbers::ln2 /
+                           static_cast<double>(std::max<std::int64_t>(1, result.bytes));
+    return result;
+  }
+
+ private:
+  double run_round(std::int64_t round) {
+    const std::int64_t seqs = instance_.options().micro_batch_seqs;
+    const std::int64_t number = schedule_.number(round, instance_.world().rank());
+    MicroBatch batch = buffers_.idle();
+    if (number >= 0) {
+      const std::int64_t first = number * seqs;
+      batch = buffers_.fill(sampler_, number, std::min(seqs, sampler_.num_windows() - first),
+                            first, targets_, bytes_);
+    }
+    const ArenaScope scope(instance_.saved());
+    PassContext ctx{.stream = instance_.stream(),
+                    .saved = instance_.saved(),
+                    .scratch = instance_.scratch(),
+                    .batch = batch,
+                    .stats = stats_,
+                    .training = false};
+    const DType acc = accumulate_dtype(instance_.options().compute);
+    instance_.transformer().evaluate(
+        ctx, instance_.params(), instance_.dispatcher(),
+        instance_.saved().allocate(acc, 1, batch.num_tokens()));
+    return number >= 0 ? stats_.token_loss_sum : 0;
+  }
+
+  /// One number of every rank, in rank order: the round's micro-batches in ascending order.
+  std::vector<double> gather(double value) {
+    const auto ranks = static_cast<std::size_t>(instance_.world().size());
+    std::vector<double> values(ranks);
+    std::vector<std::int64_t> counts(ranks, 1);
+    std::vector<std::int64_t> offsets(ranks);
+    for (std::size_t r = 0; r < ranks; ++r) offsets[r] = static_cast<std::int64_t>(r);
+    values[static_cast<std::size_t>(instance_.world().rank())] = value;
+    Stream& stream = instance_.stream();
+    stream.wait(instance_.world().all_gather_v(
+        stream, {.buffer = {values.data(), DType::f64, 1, static_cast<std::int64_t>(ranks)},
+                 .counts = counts,
+                 .offsets = offsets}));
+    return values;
+  }
+
+  ModelInstance& instance_;
+  const EvalSampler& sampler_;
+  BatchBuffers buffers_;
+  MicroBatchStats stats_;
+  MicroBatchSchedule schedule_;
+  std::int64_t targets_ = 0;
+  std::int64_t bytes_ = 0;
+};
+
+}  // namespace
+
+EvalMetrics evaluate(ModelInstance& instance, const TokenDataset& dataset, const DataConfig& data,
+                     const std::vector<std::string>& domains, std::int64_t max_micro_batches,
+                     std::int64_t step) {
+  EvalMetrics metrics{.step = step};
+  for (const std::string& name : domains.empty() ? dataset.domains() : domains) {
+    const EvalSampler sampler(dataset, dataset.domain_idx(name), data,
+                              instance.options().seq_len);
+    metrics.domains.push_back(DomainEvaluator(instance, sampler, max_micro_batches).run(name));
+  }
+  return metrics;
+}
+
+}  // namespace arcus

@@ -1,0 +1,91 @@
+#include "src/train/metrics.hpp"
+
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+
+#include "src/base/error.hpp"
+
+namespace arcus {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+Json number(double value) {
+  if (std::isnan(value)) return "nan";
+  if (std::isinf(value)) return value > 0 ? "inf" : "-inf";
+  return value;
+}
+
+}  // namespace
+
+double EvalMetrics::bits_per_byte() const {
+  double bits = 0;
+  double bytes = 0;
+  for (const DomainEval& domain : domains) {
+    bits += domain.bits_per_byte * static_cast<double>(domain.bytes);
+    bytes += static_cast<double>(domain.bytes);
+  }
+  return bytes > 0 ? bits / bytes : 0;
+}
+
+std::string to_json_line(const StepMetrics& m) {
+  Json layers = Json::array();
+  for (const LayerMetrics& layer : m.layers) {
+    layers.push_back({{"tokens_per_expert", layer.tokens_per_expert},
+                      {"dropped", layer.dropped},
+                      {"entropy", number(layer.entropy)},
+                      {"max_mean_load", number(layer.max_mean_load)}});
+  }
+  Json line = {{"step", m.step},
+               {"loss", number(m.loss)},
+               {"ce", number(m.ce)},
+               {"aux_loss", number(m.aux_loss)},
+               {"z_loss", number(m.z_loss)},
+               {"grad_norm", number(m.grad_norm)},
+               {"lr", number(m.lr)},
+               {"tokens", m.tokens},
+               {"layers", std::move(layers)}};
+  if (!m.applied) {
+    line["skipped"] = true;
+    line["bad_tensor"] = m.bad_tensor;
+  }
+  line["timing"] = {{"step_ms", number(m.timing.step_ms)},
+                    {"tokens_per_s", number(m.timing.tokens_per_s)},
+                    {"comm_ms", number(m.timing.comm_ms)},
+                    {"comm_bytes", m.timing.comm_bytes},
+                    {"rank_load", number(m.timing.rank_load)}};
+  return line.dump();
+}
+
+std::string to_json_line(const EvalMetrics& m) {
+  Json domains = Json::object();
+  for (const DomainEval& domain : m.domains) {
+    domains[domain.domain] = {{"loss", number(domain.loss)},
+                              {"ppl", number(domain.ppl)},
+                              {"bits_per_byte", number(domain.bits_per_byte)}};
+  }
+  return Json{{"step", m.step}, {"eval", std::move(domains)}}.dump();
+}
+
+void cut_metrics(const std::string& file, std::int64_t step) {
+  if (!std::filesystem::exists(file)) return;
+  std::ifstream in(file);
+  std::string line;
+  std::uintmax_t keep = 0;
+  while (std::getline(in, line) && !in.eof()) {
+    const Json json = Json::parse(line, nullptr, false);
+    if (json.is_discarded() || !json.contains("step") || json["step"].get<std::int64_t>() > step) {
+      break;
+    }
+    keep += line.size() + 1;
+  }
+  in.close();
+  std::error_code error;
+  std::filesystem::resize_file(file, keep, error);
+  ARCUS_REQUIRE(!error, ExitCode::usage, "cannot cut {} to step {}: {}", file, step,
+                error.message());
+}
+
+}  // namespace arcus

@@ -1,0 +1,61 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace arcus {
+
+/// One MoE layer's routing in one step.
+struct LayerMetrics {
+  std::vector<std::int64_t> tokens_per_expert;  ///< demand before drops, [E]
+  std::int64_t dropped = 0;                     ///< assignments
+  double entropy = 0;                           ///< mean over tokens of the scores' entropy
+  double max_mean_load = 0;                     ///< largest / mean of tokens_per_expert
+};
+
+/// What may differ between layouts and machines.
+struct StepTiming {
+  double step_ms = 0;
+  double tokens_per_s = 0;
+  double comm_ms = 0;            ///< this run's slowest rank waiting in or doing communication
+  std::int64_t comm_bytes = 0;   ///< sent by all ranks
+  double rank_load = 0;          ///< largest / mean of rows processed by a rank's experts
+};
+
+/// One training step. Everything but `timing` has the same bits at any layout.
+struct StepMetrics {
+  std::int64_t step = 0;  ///< steps done, this one included
+  double loss = 0, ce = 0, aux_loss = 0, z_loss = 0;
+  double grad_norm = 0;
+  double lr = 0;
+  std::int64_t tokens = 0;
+  bool applied = true;       ///< false: a non-finite step, skipped
+  std::string bad_tensor;    ///< where it was found, else empty
+  std::vector<LayerMetrics> layers;  ///< dense layers have no experts listed
+  StepTiming timing;
+};
+
+struct DomainEval {
+  std::string domain;
+  double loss = 0;           ///< mean over target tokens, nats
+  double ppl = 0;
+  double bits_per_byte = 0;
+  std::int64_t tokens = 0, bytes = 0;
+};
+struct EvalMetrics {
+  std::int64_t step = 0;
+  std::vector<DomainEval> domains;
+  /// All bytes counted, byte-weighted over domains.
+  double bits_per_byte() const;
+};
+
+/// One line of metrics.jsonl, without the line break. Numbers read back to the same bits; non-finite
+/// ones are the strings "nan", "inf", "-inf".
+std::string to_json_line(const StepMetrics& metrics);
+std::string to_json_line(const EvalMetrics& metrics);
+
+/// Cuts DIR/metrics.jsonl behind the last complete line whose step is <= `step` (resuming).
+void cut_metrics(const std::string& file, std::int64_t step);
+
+}  // namespace arcus

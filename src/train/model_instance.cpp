@@ -1,0 +1,190 @@
+#include "src/train/model_instance.hpp"
+
+#include <algorithm>
+#include <regex>
+
+#include "kernels/cpu/parallel.hpp"
+#include "kernels/elementwise.hpp"
+
+namespace arcus {
+namespace {
+
+DispatcherOptions dispatcher_options(const InstanceOptions& o) {
+  const std::int64_t tokens = o.micro_batch_seqs * o.seq_len;
+  const auto capacity = [&](double factor) {
+    return expert_capacity(factor, o.routing.min_capacity, o.model.topk, tokens,
+                           o.model.num_experts);
+  };
+  const std::int64_t train = o.training ? capacity(o.routing.capacity_factor) : 0;
+  const std::int64_t eval = capacity(o.routing.eval_capacity_factor);
+  // Evaluation uses the same dispatcher, so the looser of the two limits counts.
+  const std::int64_t most = o.training ? (train == 0 || eval == 0 ? 0 : std::max(train, eval)) : eval;
+  return {.num_experts = o.model.num_experts,
+          .max_tokens = tokens,
+          .slots_per_token = o.model.topk,
+          .hidden_size = o.model.hidden_size,
+          .dtype = o.compute,
+          .capacity = most};
+}
+
+ParamRegistry make_registry(const ProcessGroups& groups, const InstanceOptions& o) {
+  const ExpertPartition experts(o.model.num_experts, groups.ep->size());
+  return {o.model.num_experts, experts.begin(groups.ep->rank()), experts.count(groups.ep->rank())};
+}
+
+}  // namespace
+
+ModelInstance::ModelInstance(ProcessGroups groups, Stream& stream, const InstanceOptions& options)
+    : options_(options),
+      groups_(std::move(groups)),
+      stream_(&stream),
+      registry_(make_registry(groups_, options)) {
+  transformer_ = std::make_unique<Transformer>(
+      options.model, options.routing, options.training ? micro_batch_tokens() : 0, registry_);
+  apply_groups();
+  params_ = std::make_unique<ParamStore>(registry_, options.compute, options.sum_dtype,
+                                         options.training);
+  params_->set_num_micro_batches(options.num_micro_batches);
+  dispatcher_ = make_flat_dispatcher(*groups_.ep, dispatcher_options(options));
+  const RoundMemory most = round_memory(true);
+  saved_ = std::make_unique<Arena>("saved activations", most.saved_bytes);
+  scratch_ = std::make_unique<Arena>("scratch", most.scratch_bytes);
+  for (const FlatId flat : kFlatIds) {
+    shards_[index_of(flat)] = make_shards(registry_.local_blocks(flat), registry_.flat_size(flat),
+                                          group(flat).size());
+  }
+}
+
+Communicator& ModelInstance::group(FlatId flat) {
+  return flat == FlatId::expert_compute ? *groups_.edp : *groups_.world;
+}
+
+void ModelInstance::apply_groups() {
+  for (ParamRow& row : registry_.mutable_rows()) {
+    // Decay applies to tensors of two or more dimensions.
+    const bool matrix = row.shape.size() >= (row.kind == ParamKind::expert ? 3U : 2U);
+    row.weight_decay = matrix ? options_.weight_decay : 0;
+    for (const ParamGroupConfig& group : options_.groups) {
+      if (!std::regex_search(row.name, std::regex(group.match))) continue;
+      row.lr_scale = group.lr_scale;
+      row.trainable = !group.frozen;
+      if (group.weight_decay >= 0) row.weight_decay = group.weight_decay;
+    }
+  }
+}
+
+RoundMemory ModelInstance::round_memory(bool worst) const {
+  const std::int64_t tokens = micro_batch_tokens();
+  const std::int64_t local = registry_.num_local_experts();
+  const std::int64_t balanced = tokens * options_.model.topk;
+  const std::int64_t rows =
+      worst ? dispatcher_->max_recv_rows() : std::min(balanced, dispatcher_->max_recv_rows());
+  const std::int64_t padded =
+      worst ? dispatcher_->max_padded_rows()
+            : padded_rows(rows) + local * groups_.ep->size() * kWgradRowPadding / 2;
+  RoundMemory memory = transformer_->count_round(tokens, rows, padded, *dispatcher_,
+                                                 options_.compute, options_.training,
+                                                 options_.recompute);
+  if (options_.training) {
+    // Evaluation shares the arenas.
+    const RoundMemory eval = transformer_->count_round(tokens, rows, padded, *dispatcher_,
+                                                       options_.compute, false, false);
+    memory.saved_bytes = std::max(memory.saved_bytes, eval.saved_bytes);
+    memory.scratch_bytes = std::max(memory.scratch_bytes, eval.scratch_bytes);
+  }
+  return memory;
+}
+
+void ModelInstance::initialize_parameters() {
+  for (const FlatId flat : kFlatIds) {
+    const TensorView values = params_->flat_values(flat);
+    const auto blocks = registry_.local_blocks(flat);
+    cpu::parallel_tasks(
+        *stream_, static_cast<std::int64_t>(blocks.size()), [&](std::int64_t task, int) {
+          const ParamBlock& block = blocks[static_cast<std::size_t>(task)];
+          const ParamRow& row = registry_.rows()[static_cast<std::size_t>(block.row_idx)];
+          const TensorSpec spec = row.spec(DType::f32);
+          const std::int64_t first = block.unit * row.unit_elements() +
+                                     block.block_in_unit * block_rows(spec) * spec.cols();
+          const TensorView out = values.col_range(block.begin, block.count);
+          if (values.dtype != DType::bf16) return initial_values(row, options_.seed, first, out);
+          std::vector<float> wide(static_cast<std::size_t>(block.count));
+          initial_values(row, options_.seed, first, {wide.data(), DType::f32, 1, block.count});
+          std::transform(wide.begin(), wide.end(), out.as<bf16>(), [](float x) { return bf16(x); });
+        });
+  }
+}
+
+void ModelInstance::gather_parameters() {
+  for (const FlatId flat : kFlatIds) {
+    if (registry_.flat_size(flat) == 0) continue;
+    stream_->wait(group(flat).all_gather_v(*stream_, {.buffer = params_->flat_values(flat),
+                                                      .counts = shards(flat).counts,
+                                                      .offsets = shards(flat).offsets}));
+  }
+}
+
+PrimitiveReport ModelInstance::build_primitives() {
+  // The largest segment: one expert's rows of one micro-batch.
+  const std::int64_t capacity = dispatcher_->options().capacity;
+  const std::int64_t rows = capacity > 0 ? capacity : micro_batch_tokens();
+  return transformer_->build_primitives(*stream_, options_.micro_batch_seqs, options_.seq_len, rows,
+                                        options_.compute, options_.training);
+}
+
+std::vector<ByteRow> ModelInstance::byte_rows() const {
+  const RoundMemory balanced = round_memory(false);
+  const RoundMemory worst = round_memory(true);
+  const auto row_bytes = static_cast<std::int64_t>(size_of(options_.compute)) *
+                         options_.model.hidden_size;
+  const std::int64_t slots = micro_batch_tokens() * options_.model.topk;
+  std::vector<ByteRow> rows{{"parameters", params_->value_bytes(), params_->value_bytes()}};
+  if (options_.training) {
+    rows.push_back({"gradient sums", params_->sum_bytes(), params_->sum_bytes()});
+  }
+  rows.push_back({"saved activations", balanced.saved_bytes, worst.saved_bytes});
+  rows.push_back({"scratch", balanced.scratch_bytes, worst.scratch_bytes});
+  rows.push_back({"exchange buffers", 2 * slots * row_bytes, 2 * slots * row_bytes});
+  return rows;
+}
+
+std::vector<StateView> ModelInstance::parameter_views() {
+  staging_.clear();
+  std::array<TensorView, 3> flats;
+  for (const FlatId flat : kFlatIds) {
+    flats[index_of(flat)] = params_->flat_values(flat);
+    if (params_->dtype(flat) != DType::bf16) continue;
+    const std::int64_t n = registry_.flat_size(flat);
+    staging_.push_back(std::make_unique<Arena>("staging", n * 4));
+    flats[index_of(flat)] = staging_.back()->allocate(DType::f32, 1, n);
+  }
+  std::vector<StateView> views;
+  for (const ParamRow& row : registry_.rows()) {
+    const TensorView flat = flats[index_of(row.flat)];
+    StateView view{.spec = row.spec(flat.dtype)};
+    const bool expert = row.kind == ParamKind::expert;
+    const std::int64_t units = expert ? registry_.num_local_experts() : 1;
+    const std::int64_t first = expert ? registry_.first_local_expert() : 0;
+    const std::int64_t rows = view.spec.unit_rows();
+    for (std::int64_t unit = 0; unit < units; ++unit) {
+      view.slices.push_back({{(first + unit) * rows, (first + unit + 1) * rows},
+                             flat.col_range(row.offset + unit * row.expert_stride, 0).data});
+    }
+    views.push_back(std::move(view));
+  }
+  return views;
+}
+
+void ModelInstance::finish_reading() {
+  std::size_t next = 0;
+  for (const FlatId flat : kFlatIds) {
+    if (params_->dtype(flat) != DType::bf16) continue;
+    Arena& arena = *staging_[next++];
+    arena.reset();
+    cast(*stream_, {.y = params_->flat_values(flat),
+                    .x = arena.allocate(DType::f32, 1, registry_.flat_size(flat))});
+  }
+  staging_.clear();
+}
+
+}  // namespace arcus

@@ -1,0 +1,229 @@
+#include "src/train/trainer.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+#include "src/base/log.hpp"
+
+namespace arcus {
+
+InstanceOptions instance_options(const TrainerOptions& o) {
+  return {.model = o.model,
+          .routing = o.routing,
+          .compute = dtype_from_name(o.train.dtype),
+          .sum_dtype = o.reproducible ? DType::i64 : DType::f32,
+          .training = true,
+          .recompute = o.train.recompute,
+          .micro_batch_seqs = o.train.micro_batch_seqs,
+          .seq_len = o.train.seq_len,
+          .num_micro_batches = o.train.global_batch_seqs / o.train.micro_batch_seqs,
+          .seed = o.seed,
+          .weight_decay = o.train.weight_decay,
+          .groups = o.groups};
+}
+
+Trainer::Trainer(ModelInstance& instance, const TrainerOptions& options)
+    : instance_(&instance),
+      options_(options),
+      optimizer_(instance, options.train),
+      schedule_{instance.options().num_micro_batches, instance.world().size()},
+      workspace_(instance.transformer().make_workspace()),
+      buffers_(options.train.micro_batch_seqs, options.train.seq_len),
+      stats_(instance.transformer().make_stats()) {
+  const auto ranks = static_cast<std::size_t>(instance.world().size());
+  const std::int64_t part = schedule_.rounds() * record_size();
+  scalars_.resize(ranks * static_cast<std::size_t>(part));
+  gather_counts_.assign(ranks, part);
+  for (std::size_t r = 0; r < ranks; ++r) {
+    gather_offsets_.push_back(static_cast<std::int64_t>(r) * part);
+  }
+  const auto layers = static_cast<std::size_t>(options.model.num_layers);
+  counts_.resize(layers * (static_cast<std::size_t>(options.model.num_experts) + 1) + ranks + 1);
+}
+
+/// Token loss, then aux, z and entropy of every layer.
+std::int64_t Trainer::record_size() const { return 1 + 3 * options_.model.num_layers; }
+
+void Trainer::set_heartbeat(Heartbeat heartbeat) {
+  heartbeat_ = std::move(heartbeat);
+  layer_heartbeat_ = [this](std::int64_t layer, const char* what) {
+    heartbeat_(counters_[kStepsDone], layer, what);
+  };
+}
+
+void Trainer::initialize() {
+  instance_->initialize_parameters();
+  optimizer_.adopt_parameters();
+}
+
+std::vector<StateView> Trainer::state() {
+  std::vector<StateView> views = optimizer_.state();
+  const char* const names[kNumCounters] = {"counters/steps_done", "counters/updates",
+                                           "counters/bad_steps_in_a_row"};
+  for (std::size_t i = 0; i < kNumCounters; ++i) {
+    views.push_back({.spec = {names[i], DType::i64, {}, 1},
+                     .replicated = true,
+                     .slices = {{{0, 1}, &counters_[i]}}});
+  }
+  return views;
+}
+
+void Trainer::finish_reading() { optimizer_.publish_parameters(); }
+
+void Trainer::run_round(const BatchSampler& sampler, std::int64_t round) {
+  const TrainConfig& train = options_.train;
+  const std::int64_t rank = instance_->world().rank();
+  const std::int64_t number = schedule_.number(round, rank);
+  MicroBatch batch = buffers_.idle();
+  if (number >= 0) {
+    batch = buffers_.fill(sampler, number, train.micro_batch_seqs,
+                          counters_[kStepsDone] * train.global_batch_seqs +
+                              number * train.micro_batch_seqs);
+    batch.loss_scale = 1.0 / static_cast<double>(train.global_batch_seqs * train.seq_len);
+    batch.weight = 1.0 / static_cast<double>(schedule_.num_micro_batches);
+  }
+  PassContext ctx{.stream = instance_->stream(),
+                  .saved = instance_->saved(),
+                  .scratch = instance_->scratch(),
+                  .batch = batch,
+                  .stats = stats_,
+                  .training = true,
+                  .step = counters_[kStepsDone],
+                  .observer = number >= 0 && observer_ ? &observer_ : nullptr,
+                  .heartbeat = heartbeat_ ? &layer_heartbeat_ : nullptr};
+  instance_->transformer().train(ctx, instance_->params(), instance_->dispatcher(), workspace_,
+                                 train.recompute);
+  // Into this rank's part of the gathered records, and onto the step's counts.
+  double* record = scalars_.data() + (rank * schedule_.rounds() + round) * record_size();
+  const auto layers = static_cast<std::size_t>(options_.model.num_layers);
+  *record++ = number >= 0 ? stats_.token_loss_sum : 0;
+  for (const auto* values : {&stats_.aux_loss, &stats_.z_loss, &stats_.entropy_sum}) {
+    for (std::size_t l = 0; l < layers; ++l) *record++ = number >= 0 ? (*values)[l] : 0;
+  }
+  if (number >= 0) {
+    for (std::size_t i = 0; i < stats_.demand.size(); ++i) counts_[i] += stats_.demand[i];
+    for (std::size_t l = 0; l < layers; ++l) counts_[stats_.demand.size() + l] += stats_.dropped[l];
+  }
+  counts_[stats_.demand.size() + layers + static_cast<std::size_t>(rank)] +=
+      std::accumulate(stats_.recv_rows.begin(), stats_.recv_rows.end(), std::int64_t{0});
+}
+
+void Trainer::gather_scalars(StepMetrics& metrics) {
+  Stream& stream = instance_->stream();
+  stream.wait(instance_->world().all_gather_v(
+      stream, {.buffer = {scalars_.data(), DType::f64, 1,
+                          static_cast<std::int64_t>(scalars_.size())},
+               .counts = gather_counts_,
+               .offsets = gather_offsets_}));
+  const auto layers = static_cast<std::size_t>(options_.model.num_layers);
+  double token_loss = 0;
+  for (std::int64_t n = 0; n < schedule_.num_micro_batches; ++n) {
+    const std::int64_t rank = n % schedule_.num_ranks;
+    const std::int64_t round = n / schedule_.num_ranks;
+    const double* record =
+        scalars_.data() + (rank * schedule_.rounds() + round) * record_size();
+    token_loss += record[0];
+    for (std::size_t l = 0; l < layers; ++l) {
+      metrics.aux_loss += record[1 + l];
+      metrics.z_loss += record[1 + layers + l];
+      metrics.layers[l].entropy += record[1 + 2 * layers + l];
+    }
+  }
+  metrics.ce = token_loss / static_cast<double>(metrics.tokens);
+  metrics.loss = metrics.ce + metrics.aux_loss + metrics.z_loss;
+  for (LayerMetrics& layer : metrics.layers) layer.entropy /= static_cast<double>(metrics.tokens);
+}
+
+void Trainer::reduce_counts(StepMetrics& metrics) {
+  Stream& stream = instance_->stream();
+  counts_.back() = instance_->sent_bytes() - counts_.back();
+  stream.wait(instance_->world().all_reduce(
+      stream, {.buffer = {counts_.data(), DType::i64, 1,
+                          static_cast<std::int64_t>(counts_.size())}}));
+  const auto experts = static_cast<std::size_t>(options_.model.num_experts);
+  for (std::size_t l = 0; l < metrics.layers.size(); ++l) {
+    if (static_cast<std::int64_t>(l) < options_.model.first_k_dense) continue;
+    LayerMetrics& layer = metrics.layers[l];
+    const auto demand = std::span(counts_).subspan(l * experts, experts);
+    layer.tokens_per_expert.assign(demand.begin(), demand.end());
+    layer.dropped = counts_[stats_.demand.size() + l];
+    const auto total = std::accumulate(demand.begin(), demand.end(), std::int64_t{0});
+    const auto most = *std::max_element(demand.begin(), demand.end());
+    layer.max_mean_load = total > 0 ? static_cast<double>(most) * static_cast<double>(experts) /
+                                          static_cast<double>(total)
+                                    : 0;
+  }
+  const auto rows = std::span(counts_).last(static_cast<std::size_t>(schedule_.num_ranks) + 1);
+  const auto all = std::accumulate(rows.begin(), rows.end() - 1, std::int64_t{0});
+  const auto most = *std::max_element(rows.begin(), rows.end() - 1);
+  metrics.timing.rank_load = all > 0 ? static_cast<double>(most * schedule_.num_ranks) /
+                                           static_cast<double>(all)
+                                     : 1;
+  metrics.timing.comm_bytes = rows.back();
+}
+
+std::int64_t Trainer::agree(StepRequests& requests) {
+  // The largest of the negated keys is the lowest key.
+  std::int64_t news[3] = {-instance_->params().bad_leaf().load(), requests.stop ? 1 : 0,
+                          requests.time_up ? 1 : 0};
+  Stream& stream = instance_->stream();
+  stream.wait(instance_->world().all_reduce(
+      stream, {.buffer = {news, DType::i64, 1, 3}, .op = ReduceOp::max}));
+  requests = {news[1] != 0, news[2] != 0};
+  return -news[0];
+}
+
+void Trainer::update(StepMetrics& metrics, std::int64_t bad_leaf) {
+  metrics.applied = bad_leaf == kNoBadLeaf && std::isfinite(metrics.loss);
+  if (!metrics.applied) {
+    const std::string where =
+        bad_leaf == kNoBadLeaf
+            ? "the loss"
+            : fmt::format("{}, micro-batch {}",
+                          instance_->registry().unit_name(bad_leaf >> 32),
+                          bad_leaf & 0xffffffff);
+    metrics.bad_tensor = where;
+    metrics.grad_norm = std::numeric_limits<double>::quiet_NaN();
+    ++counters_[kBadSteps];
+    spdlog::warn("step {} is not finite (first seen in {}); skipped on all ranks, {} in a row",
+                 metrics.step, where, counters_[kBadSteps]);
+    return;
+  }
+  counters_[kBadSteps] = 0;
+  optimizer_.reduce_gradients();
+  metrics.grad_norm = optimizer_.gradient_norm();
+  const double clip = options_.train.grad_clip;
+  const double factor = clip > 0 && metrics.grad_norm > clip
+                            ? static_cast<double>(static_cast<float>(clip / metrics.grad_norm))
+                            : 1;
+  optimizer_.apply(metrics.lr, factor, ++counters_[kUpdates]);
+}
+
+StepMetrics Trainer::step(const BatchSampler& sampler, StepRequests& requests) {
+  const auto begin = std::chrono::steady_clock::now();
+  const auto layers = static_cast<std::size_t>(options_.model.num_layers);
+  StepMetrics metrics;
+  metrics.step = counters_[kStepsDone] + 1;
+  metrics.lr = learning_rate(options_.train, counters_[kStepsDone]);
+  metrics.tokens = options_.train.global_batch_seqs * options_.train.seq_len;
+  metrics.layers.resize(layers);
+  const std::int64_t sent_before = instance_->sent_bytes();
+  instance_->params().zero_sums();
+  std::fill(counts_.begin(), counts_.end(), 0);
+  for (std::int64_t round = 0; round < schedule_.rounds(); ++round) run_round(sampler, round);
+
+  gather_scalars(metrics);
+  update(metrics, agree(requests));
+  counts_.back() = sent_before;
+  reduce_counts(metrics);
+  ++counters_[kStepsDone];
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
+  metrics.timing.step_ms = seconds.count() * 1e3;
+  metrics.timing.tokens_per_s = static_cast<double>(metrics.tokens) / seconds.count();
+  return metrics;
+}
+
+}  // namespace arcus

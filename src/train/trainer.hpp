@@ -1,0 +1,87 @@
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "src/data/sampler.hpp"
+#include "src/train/batch.hpp"
+#include "src/train/config.hpp"
+#include "src/train/metrics.hpp"
+#include "src/train/optimizer.hpp"
+#include "src/train/schedule.hpp"
+
+namespace arcus {
+
+/// Everything a trainer needs to know; `model` is resolved.
+struct TrainerOptions {
+  ModelConfig model;
+  RoutingConfig routing;
+  TrainConfig train;
+  std::vector<ParamGroupConfig> groups;
+  std::uint64_t seed = 1;
+  bool reproducible = true;
+};
+/// Options of the instance that trains them.
+InstanceOptions instance_options(const TrainerOptions& options);
+
+/// Requests that any rank may make and all ranks agree on at a step's end.
+struct StepRequests {
+  bool stop = false;     ///< a signal: save and end
+  bool time_up = false;  ///< the run's wall-clock limit: save and end
+};
+
+/// One training run on this rank: micro-batches -> reduce -> clip -> AdamW. Collective calls, in step
+/// with the other ranks.
+class Trainer {
+ public:
+  using Heartbeat = std::function<void(std::int64_t step, std::int64_t layer, const char* what)>;
+
+  Trainer(ModelInstance& instance, const TrainerOptions& options);
+
+  /// One step on the next global batch. `requests` of any rank are seen by all afterwards.
+  StepMetrics step(const BatchSampler& sampler, StepRequests& requests);
+  /// Starting values; not needed after loading a checkpoint.
+  void initialize();
+  /// Logical state for checkpoints: weights, moments, counters. After reading into it call
+  /// `finish_reading`.
+  std::vector<StateView> state();
+  void finish_reading();
+
+  std::int64_t steps_done() const { return counters_[kStepsDone]; }
+  std::int64_t bad_steps_in_a_row() const { return counters_[kBadSteps]; }
+  const TrainerOptions& options() const { return options_; }
+  ModelInstance& instance() { return *instance_; }
+  std::int64_t optimizer_bytes() const { return optimizer_.bytes(); }
+  void set_observer(RoutingObserver observer) { observer_ = std::move(observer); }
+  void set_heartbeat(Heartbeat heartbeat);
+
+ private:
+  enum Counter : std::size_t { kStepsDone, kUpdates, kBadSteps, kNumCounters };
+
+  void run_round(const BatchSampler& sampler, std::int64_t round);
+  void gather_scalars(StepMetrics& metrics);
+  void reduce_counts(StepMetrics& metrics);
+  /// Agrees on the worst news; returns the key of the first bad leaf or kNoBadLeaf.
+  std::int64_t agree(StepRequests& requests);
+  void update(StepMetrics& metrics, std::int64_t bad_leaf);
+  std::int64_t record_size() const;
+
+  ModelInstance* instance_;
+  TrainerOptions options_;
+  Optimizer optimizer_;
+  MicroBatchSchedule schedule_;
+  Transformer::Workspace workspace_;
+  BatchBuffers buffers_;
+  MicroBatchStats stats_;
+  std::vector<double> scalars_;        ///< [rank, round, record]
+  std::vector<std::int64_t> counts_;   ///< [L * E] demand, [L] dropped, [ranks] rows
+  std::vector<std::int64_t> gather_counts_, gather_offsets_;
+  std::vector<std::int64_t> counters_ = std::vector<std::int64_t>(kNumCounters, 0);
+  RoutingObserver observer_;
+  Heartbeat heartbeat_;
+  std::function<void(std::int64_t, const char*)> layer_heartbeat_;
+};
+
+}  // namespace arcus
