@@ -59,16 +59,17 @@ struct FfnBackward {
 ARCUS_DECLARE_OP(ffn_backward, FfnBackward)
 
 /// Weight gradients (k-grouped): a leaf per segment and tensor, dW tile in the outer loop, the
-/// segments of its expert inside. `x` must have 32 readable, finite rows behind row R.
+/// segments of its expert inside. Segments are sorted by (local expert, micro-batch). `x` must have
+/// 32 readable, finite rows behind row R.
 struct FfnWgrad {
-  GradientSum dgate, dup;       ///< [F, H] of local expert 0
-  GradientSum ddown;            ///< [H, F] of local expert 0
+  GradientSum dgate, dup;              ///< [F, H] of local expert 0
+  GradientSum ddown;                   ///< [H, F] of local expert 0
   std::int64_t expert_stride = 0;      ///< elements between experts in the sums
   std::int64_t tensor_idx_stride = 0;  ///< step of tensor_idx from one expert to the next
-  ConstTensorView x;            ///< [R, H]
-  TensorView act;               ///< [Rp, F]; padding rows are zeroed here
-  ConstTensorView dy;           ///< [Rp, H]
-  ConstTensorView dgate_up;     ///< [Rp, 2F]
+  ConstTensorView x;                   ///< [R, H]
+  TensorView act;                      ///< [Rp, F]; padding rows are zeroed here
+  ConstTensorView dy;                  ///< [Rp, H]
+  ConstTensorView dgate_up;            ///< [Rp, 2F]
   FfnShape shape;
   std::span<const Segment> segments;
 };
@@ -77,8 +78,8 @@ ARCUS_DECLARE_OP(ffn_wgrad, FfnWgrad)
 /// The products above, for build_primitives. `max_rows` = rows of the largest segment.
 std::vector<GemmShape> ffn_gemm_shapes(const FfnShape& shape, DType compute, std::int64_t max_rows,
                                        bool training);
-/// Row stride (elements) of gate_up/dgate_up, act and dy buffers: a little more than the row, so
-/// that rows do not alias in the cache.
+/// Row stride (elements) of gate_up/dgate_up, act and dy buffers: the columns, as products on dense
+/// rows run oneDNN's fastest kernel and give a row the same bits in any tile.
 std::int64_t ffn_row_stride(std::int64_t cols);
 
 }  // namespace arcus

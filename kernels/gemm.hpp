@@ -9,41 +9,52 @@
 namespace arcus {
 
 /// Matrix products whose bits depend on shapes alone. Every product is cut into row tiles (forward
-/// and dgrad: 256 rows and an exact tail; under AMX one fixed, zero-padded height) or, for a weight
-/// gradient, into tiles of 512 rows of dW over K = all rows of the leaf, zero-padded to a multiple
-/// of 32. Each tile runs on one thread; threads share out tiles. f32, bf16 (f32 sums) and f64.
+/// and dgrad: up to 256 rows and an exact tail; under AMX one fixed, zero-padded height) or, for a
+/// weight gradient, into row tiles of dW (wgrad_tile_rows) over K = all rows of the leaf,
+/// zero-padded to a multiple of 32. Each tile runs on one thread; threads share out tiles. f32,
+/// bf16 (f32 sums) and f64. Padded row strides of x, y, dx, dy are allowed and do not change bits,
+/// but dense rows (stride = columns) save a copy of the tile.
 
 /// y = x W^T [+ bias] (+ y where `accumulate`).
 struct Linear {
   TensorView y;            ///< [T, out], compute type or accumulate type
   ConstTensorView x;       ///< [T, in], compute type
-  ConstTensorView weight;  ///< [out, in], x's type
+  ConstTensorView weight;  ///< [out, in], x's type, contiguous
   ConstTensorView bias;    ///< [1, out] accumulate type, or empty
+  bool accumulate = false;
 };
 ARCUS_DECLARE_OP(linear_forward, Linear)
 
-/// dx = dy W.
+/// dx = dy W (+ dx where `accumulate`).
 struct LinearDgrad {
   TensorView dx;           ///< [T, in], compute or accumulate type
   ConstTensorView dy;      ///< [T, out]
-  ConstTensorView weight;  ///< [out, in]
+  ConstTensorView weight;  ///< [out, in], dy's type, contiguous
+  bool accumulate = false;
 };
 ARCUS_DECLARE_OP(linear_dgrad, LinearDgrad)
 
-/// leaf = dy^T x, added to `dweight`, one leaf of `micro_batch`. dy's rows T..round_up(T, 32) must
-/// be readable and are set to zero by this op; x's must be readable and finite.
+/// leaf = dy^T x, added to `dweight`, one leaf of `micro_batch`. x's rows T..padded_rows(T) must be
+/// readable and finite; dy's are not read.
 struct LinearWgrad {
   GradientSum dweight;  ///< [out, in]
-  TensorView dy;        ///< [T, out], padding rows behind it
-  ConstTensorView x;    ///< [T, in], padding rows behind it
+  ConstTensorView dy;   ///< [T, out]
+  ConstTensorView x;    ///< [T, in], dy's type, padding rows behind it
   std::int64_t micro_batch = 0;
 };
 ARCUS_DECLARE_OP(linear_wgrad, LinearWgrad)
 
-/// Rows to which the number of rows of any wgrad operand is padded.
+/// Rows to which K, the number of rows of a wgrad operand, is padded.
 inline constexpr std::int64_t kWgradRowPadding = 32;
 inline std::int64_t padded_rows(std::int64_t rows) {
   return (rows + kWgradRowPadding - 1) / kWgradRowPadding * kWgradRowPadding;
+}
+/// Rows of a dW tile, part of the definition of a leaf: 512, fewer where `in` is so large that the
+/// tile would leave the second-level cache.
+inline std::int64_t wgrad_tile_rows(std::int64_t in) {
+  std::int64_t rows = 512;
+  while (rows > 64 && rows * in > (std::int64_t{1} << 19)) rows /= 2;
+  return rows;
 }
 
 /// Leaf of a bias: dy's columns summed over tokens, f64 over blocks of 64 rows, blocks in order,
@@ -67,14 +78,15 @@ struct GemmShape {
   std::int64_t min_rows = 1;        ///< every row count in min_rows..max_rows may occur
   std::int64_t max_rows = 0;
   bool bias = false;
+  bool accumulate = false;  ///< forward, dgrad; wgrad is built both ways
 };
 struct PrimitiveReport {
   std::int64_t primitives = 0;
-  std::int64_t bytes = 0;    ///< scratch memory set aside
+  std::int64_t bytes = 0;  ///< scratch memory set aside
   double seconds = 0;
 };
-/// Builds whatever `shapes` need on this stream; afterwards a missing primitive is counted (see
-/// late_primitives) and built on the spot.
+/// Builds whatever `shapes` need, for all threads of this stream; afterwards a missing primitive is
+/// built on the spot and counted (late_primitives).
 PrimitiveReport build_primitives(Stream& stream, std::span<const GemmShape> shapes);
 /// Primitives built outside build_primitives since the stream was made; 0 in a well-planned run.
 std::int64_t late_primitives(Stream& stream);

@@ -73,10 +73,9 @@ bool has_isa(dnnl_cpu_isa_t wanted) {
   return (static_cast<unsigned>(dnnl_get_effective_cpu_isa()) & bits) == bits;
 }
 
-/// The product of a zero-padded row tile: the same as `wide`'s on compact operands, whose own row
-/// strides do not matter to the bits.
-struct PaddedTile {
-  explicit PaddedTile(const GemmKey& wide)
+/// A row tile whose operands are copied to scratch: dense rows, and zeros up to the tile's height.
+struct CompactTile {
+  explicit CompactTile(const GemmKey& wide)
       : key(wide),
         a_size(static_cast<std::int64_t>(size_of(wide.ab_dtype))),
         c_size(static_cast<std::int64_t>(size_of(wide.c_dtype))),
@@ -93,6 +92,10 @@ struct PaddedTile {
   std::int64_t a_row, c_row;    ///< bytes of a row
   std::int64_t a_bytes;
 };
+
+bool has_fixed_height(const GemmKey& key) {
+  return key.ab_dtype == DType::bf16 && bf16_needs_fixed_rows();
+}
 
 void copy_rows(void* to, std::int64_t to_stride, const void* from, std::int64_t from_stride,
                std::int64_t row_bytes, std::int64_t rows) {
@@ -346,51 +349,52 @@ std::int64_t row_tile_height(DType ab_dtype, std::int64_t n, std::int64_t k) {
   return n * k >= (std::int64_t{1} << 18) ? 128 : 64;
 }
 
-void run_gemm_tile(Context& context, int thread, GemmKey key, std::int64_t rows, const void* a,
-                   const void* b, void* c, const void* bias) {
-  key.m = row_tile_height(key.ab_dtype, key.n, key.k);
-  ARCUS_DCHECK(rows <= key.m && !key.transpose_a, "a row tile of {} rows, at most {}", rows, key.m);
-  const bool fixed = key.ab_dtype == DType::bf16 && bf16_needs_fixed_rows();
-  if (!fixed) key.m = rows;
-  if (rows == key.m) return run_gemm(context, thread, key, a, b, c, bias);
-  // Padded in scratch: rows beyond a's may belong to somebody else, and c's surely do.
-  const PaddedTile tile(key);
-  char* padded_a = static_cast<char*>(context.gemm().padding(thread, tile.bytes()));
-  char* padded_c = padded_a + tile.a_bytes;
-  copy_rows(padded_a, tile.a_row, a, key.lda * tile.a_size, tile.a_row, rows);
-  std::memset(padded_a + rows * tile.a_row, 0,
+namespace {
+
+/// One tile; key.m is its height, `rows` of which exist.
+void run_tile(Context& context, int thread, const GemmKey& key, std::int64_t rows, const void* a,
+              const void* b, void* c, const void* bias) {
+  const bool dense = key.lda == key.k && key.ldc == key.n;
+  if (rows == key.m && dense) return run_gemm(context, thread, key, a, b, c, bias);
+  // Rows beyond a's may belong to somebody else, and those beyond c's surely do.
+  const CompactTile tile(key);
+  char* compact_a = static_cast<char*>(context.gemm().padding(thread, tile.bytes()));
+  char* compact_c = compact_a + tile.a_bytes;
+  copy_rows(compact_a, tile.a_row, a, key.lda * tile.a_size, tile.a_row, rows);
+  std::memset(compact_a + rows * tile.a_row, 0,
               static_cast<std::size_t>((key.m - rows) * tile.a_row));
   if (key.accumulate) {
-    copy_rows(padded_c, tile.c_row, c, key.ldc * tile.c_size, tile.c_row, rows);
-    std::memset(padded_c + rows * tile.c_row, 0,
+    copy_rows(compact_c, tile.c_row, c, key.ldc * tile.c_size, tile.c_row, rows);
+    std::memset(compact_c + rows * tile.c_row, 0,
                 static_cast<std::size_t>((key.m - rows) * tile.c_row));
   }
-  run_gemm(context, thread, tile.key, padded_a, b, padded_c, bias);
-  copy_rows(c, key.ldc * tile.c_size, padded_c, tile.c_row, tile.c_row, rows);
+  run_gemm(context, thread, tile.key, compact_a, b, compact_c, bias);
+  copy_rows(c, key.ldc * tile.c_size, compact_c, tile.c_row, tile.c_row, rows);
 }
 
-void build_gemm_tiles(Context& context, GemmKey key, std::int64_t min_rows, std::int64_t max_rows) {
+}  // namespace
+
+void run_gemm_rows(Context& context, int thread, GemmKey key, std::int64_t rows, const void* a,
+                   const void* b, void* c, const void* bias) {
   const std::int64_t height = row_tile_height(key.ab_dtype, key.n, key.k);
-  key.m = height;
-  if (key.ab_dtype == DType::bf16 && bf16_needs_fixed_rows()) {
-    const PaddedTile tile(key);
-    build_gemm(context, key);
-    build_gemm(context, tile.key);
-    for (int thread = 0; thread < context.num_threads(); ++thread) {
-      context.gemm().padding(thread, tile.bytes());
-    }
-    return;
+  const std::int64_t a_step = key.lda * static_cast<std::int64_t>(size_of(key.ab_dtype));
+  const std::int64_t c_step = key.ldc * static_cast<std::int64_t>(size_of(key.c_dtype));
+  for (std::int64_t begin = 0; begin < rows; begin += height) {
+    const std::int64_t tile_rows = std::min(height, rows - begin);
+    key.m = has_fixed_height(key) ? height : tile_rows;
+    run_tile(context, thread, key, tile_rows, static_cast<const char*>(a) + begin * a_step, b,
+             static_cast<char*>(c) + begin * c_step, bias);
   }
-  if (key.ab_dtype == DType::f64) return build_gemm(context, key);
-  // A problem of T rows has tiles of `height` rows and a tail of T mod height.
-  const bool any_tail = max_rows - min_rows >= height;
-  for (std::int64_t rows = min_rows; rows <= max_rows && !any_tail; ++rows) {
-    key.m = rows % height;
-    if (key.m > 0) build_gemm(context, key);
+}
+
+void build_gemm_tile(Context& context, GemmKey key, std::int64_t rows) {
+  key.m = has_fixed_height(key) ? row_tile_height(key.ab_dtype, key.n, key.k) : rows;
+  const CompactTile tile(key);
+  build_gemm(context, tile.key);
+  if (!has_fixed_height(key) && key.lda == key.k && key.ldc == key.n) return;
+  for (int thread = 0; thread < context.num_threads(); ++thread) {
+    context.gemm().padding(thread, tile.bytes());
   }
-  for (key.m = 1; key.m < height && any_tail; ++key.m) build_gemm(context, key);
-  key.m = height;
-  if (max_rows >= height) build_gemm(context, key);
 }
 
 }  // namespace arcus::cpu

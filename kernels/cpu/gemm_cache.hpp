@@ -28,6 +28,10 @@ struct GemmKey {
 /// Runs one product on the calling thread, which is number `thread` of the stream's team. Sums are
 /// f32 (f64 for f64). The primitive must have been built (build_gemm), else it is built on the spot
 /// and counted as late. m, n, k >= 1. Keeps no pointer; never touches Context::scratch.
+///
+/// With dense operands (strides equal to the columns stored, bit-equal rows whatever M is in f32
+/// and AVX512_BF16) oneDNN runs its batch-reduce kernel. A padded stride of a, b or c makes it fall
+/// back to another one: slower to start, other bits, and a row's bits depend on M there.
 void run_gemm(Context& context, int thread, const GemmKey& key, const void* a, const void* b,
               void* c, const void* bias = nullptr);
 
@@ -40,17 +44,17 @@ bool bf16_needs_fixed_rows();
 /// True where the processor multiplies bf16 natively (AVX512_BF16 or AMX).
 bool bf16_is_native();
 
-/// Height of the row tiles into which c[M,N] = a[M,K] op(b) is cut where a row's bits must not
-/// depend on M; a rule of type and shape alone. 256, or the fixed height of
+/// Greatest height of the row tiles into which c[M,N] = a[M,K] op(b) is cut where a row's bits must
+/// not depend on M; a rule of type and shape alone. 256, or the fixed height of
 /// bf16_needs_fixed_rows().
 std::int64_t row_tile_height(DType ab_dtype, std::int64_t n, std::int64_t k);
-/// One row tile of `rows` <= row_tile_height rows, transpose_a = false: key.m is set here, to
-/// `rows` or to the fixed height, with rows beyond `rows` taken as zero and none of c's touched.
-void run_gemm_tile(Context& context, int thread, GemmKey key, std::int64_t rows, const void* a,
+/// c[rows, N] in tiles of row_tile_height rows and a tail; transpose_a = false. A row's bits depend
+/// neither on `rows` nor on lda and ldc: operands with padded rows, and tails where the height is
+/// fixed, go through scratch. key.m is ignored.
+void run_gemm_rows(Context& context, int thread, GemmKey key, std::int64_t rows, const void* a,
                    const void* b, void* c, const void* bias = nullptr);
-/// Builds what run_gemm_tile needs for any number of rows in min_rows..max_rows (capped at the tile
-/// height).
-void build_gemm_tiles(Context& context, GemmKey key, std::int64_t min_rows, std::int64_t max_rows);
+/// Builds what run_gemm_rows needs for a tile of `rows` <= row_tile_height rows.
+void build_gemm_tile(Context& context, GemmKey key, std::int64_t rows);
 
 /// The primitives of one stream. oneDNN primitives are immutable and take their scratch memory from
 /// the caller (user scratchpad mode), so the stream's threads share them; what a run changes (the

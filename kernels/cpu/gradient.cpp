@@ -1,0 +1,249 @@
+#include "kernels/gradient.hpp"
+
+#ifdef __AVX512DQ__
+#include <immintrin.h>
+#endif
+
+#include <array>
+#include <bit>
+#include <cmath>
+
+#include "kernels/cpu/leaf.hpp"
+#include "kernels/cpu/parallel.hpp"
+#include "kernels/gemm.hpp"
+
+namespace arcus {
+
+void raise_bad_leaf(BadLeafFlag& flag, std::int64_t key) {
+  std::int64_t lowest = flag.load(std::memory_order_relaxed);
+  while (key < lowest && !flag.compare_exchange_weak(lowest, key)) {
+  }
+}
+
+float leaf_limit(std::int64_t most_leaves) {
+  ARCUS_CHECK(most_leaves >= 1, "a tensor with {} leaves in a step", most_leaves);
+  const double limit = std::ldexp(1.0, 62 - kLeafScaleBits) / static_cast<double>(most_leaves);
+  // Rounded down, so that most_leaves leaves at the limit still fit.
+  const auto rounded = static_cast<float>(limit);
+  return rounded > limit ? std::nextafter(rounded, 0.0F) : rounded;
+}
+
+namespace cpu {
+namespace {
+
+constexpr float kLeafScale = 0x1p50F;
+constexpr std::uint32_t kAbsBits = 0x7fffffffU;
+static_assert(kLeafScaleBits == 50);
+
+/// Elements from which it pays to share work out.
+constexpr std::int64_t kGrain = std::int64_t{1} << 14;
+
+/// int64_rne(scaled) as cvtps_epi64 gives it: out of range and NaN become INT64_MIN.
+std::int64_t to_int64(float scaled) {
+  if (!(std::abs(scaled) < 0x1p63F)) return std::numeric_limits<std::int64_t>::min();
+  return static_cast<std::int64_t>(std::nearbyint(scaled));
+}
+
+std::int64_t wrapping_add(std::int64_t a, std::int64_t b) {
+  return static_cast<std::int64_t>(static_cast<std::uint64_t>(a) + static_cast<std::uint64_t>(b));
+}
+
+}  // namespace
+
+bool add_quantized_portable(std::int64_t* sum, const float* leaf, std::int64_t count, float limit) {
+  std::uint32_t largest = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    // Magnitudes order like their bits; a NaN's exceed those of infinity.
+    largest = std::max(largest, std::bit_cast<std::uint32_t>(leaf[i]) & kAbsBits);
+    sum[i] = wrapping_add(sum[i], to_int64(leaf[i] * kLeafScale));
+  }
+  return largest <= std::bit_cast<std::uint32_t>(limit);
+}
+
+#ifdef __AVX512DQ__
+bool add_quantized(std::int64_t* sum, const float* leaf, std::int64_t count, float limit) {
+  constexpr std::int64_t kLanes = 8;
+  const __m256 scale = _mm256_set1_ps(kLeafScale);
+  const __m256i abs_mask = _mm256_set1_epi32(static_cast<int>(kAbsBits));
+  __m256i largest = _mm256_setzero_si256();
+  std::int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const __m256 value = _mm256_loadu_ps(leaf + i);
+    largest = _mm256_max_epu32(largest, _mm256_and_si256(_mm256_castps_si256(value), abs_mask));
+    const __m512i quantized = _mm512_cvtps_epi64(_mm256_mul_ps(value, scale));
+    _mm512_storeu_si512(sum + i, _mm512_add_epi64(_mm512_loadu_si512(sum + i), quantized));
+  }
+  alignas(32) std::array<std::uint32_t, kLanes> lanes;
+  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes.data()), largest);
+  const std::uint32_t limit_bits = std::bit_cast<std::uint32_t>(limit);
+  bool good = add_quantized_portable(sum + i, leaf + i, count - i, limit);
+  for (const std::uint32_t lane : lanes) good = good && lane <= limit_bits;
+  return good;
+}
+#else
+bool add_quantized(std::int64_t* sum, const float* leaf, std::int64_t count, float limit) {
+  return add_quantized_portable(sum, leaf, count, limit);
+}
+#endif
+
+template <class A>
+void add_leaf_rows(const GradientSum& target, std::int64_t target_stride, const A* leaf,
+                   std::int64_t leaf_stride, std::int64_t rows, std::int64_t cols,
+                   std::int64_t micro_batch) {
+  bool good = true;
+  for (std::int64_t row = 0; row < rows; ++row) {
+    const A* from = leaf + row * leaf_stride;
+    if constexpr (std::is_same_v<A, float>) {
+      if (target.dtype == DType::i64) {
+        auto* to = static_cast<std::int64_t*>(target.sum) + row * target_stride;
+        good &= add_quantized(to, from, cols, target.limit);
+        continue;
+      }
+    }
+    ARCUS_CHECK(target.dtype == dtype_of<A>(), "a leaf of {} for a sum of {}",
+                name_of(dtype_of<A>()), name_of(target.dtype));
+    A* to = static_cast<A*>(target.sum) + row * target_stride;
+    for (std::int64_t i = 0; i < cols; ++i) to[i] += from[i];
+  }
+  if (!good && target.flag != nullptr) {
+    raise_bad_leaf(*target.flag, bad_leaf_key(target.tensor_idx, micro_batch));
+  }
+}
+template void add_leaf_rows(const GradientSum&, std::int64_t, const float*, std::int64_t,
+                            std::int64_t, std::int64_t, std::int64_t);
+template void add_leaf_rows(const GradientSum&, std::int64_t, const double*, std::int64_t,
+                            std::int64_t, std::int64_t, std::int64_t);
+
+void add_leaf(Stream& stream, const AddLeaf& args) {
+  dispatch_accumulate(args.leaf.dtype, [&]<class A>() {
+    const std::int64_t rows_per_task =
+        std::max<std::int64_t>(1, kGrain / std::max<std::int64_t>(1, args.leaf.cols));
+    parallel_rows(stream, args.leaf.rows, rows_per_task,
+                  [&](std::int64_t begin, std::int64_t end, int) {
+                    add_leaf_rows(args.target.at(begin * args.target_stride), args.target_stride,
+                                  args.leaf.row<A>(begin), args.leaf.stride, end - begin,
+                                  args.leaf.cols, args.micro_batch);
+                  });
+  });
+}
+
+namespace {
+
+template <class A>
+void finish_range(A* gradient, const GradientSum& sum, std::int64_t count) {
+  if (sum.dtype == DType::i64) {
+    const auto* q = static_cast<const std::int64_t*>(sum.sum);
+    // One rounding (int64 to float), then an exact product; never through double.
+    for (std::int64_t i = 0; i < count; ++i) {
+      gradient[i] = static_cast<A>(static_cast<float>(q[i]) * (1.0F / kLeafScale));
+    }
+    return;
+  }
+  std::copy_n(static_cast<const A*>(sum.sum), count, gradient);
+}
+
+}  // namespace
+
+void finish_gradient(Stream& stream, const FinishGradient& args) {
+  ARCUS_CHECK(args.sum.size() == args.gradient.size(), "sum of {} elements, gradient of {}",
+              args.sum.size(), args.gradient.size());
+  ARCUS_CHECK(args.sum.dtype == DType::i64 ? args.gradient.dtype == DType::f32
+                                           : args.sum.dtype == args.gradient.dtype,
+              "a sum of {} does not become a gradient of {}", name_of(args.sum.dtype),
+              name_of(args.gradient.dtype));
+  dispatch_accumulate(args.gradient.dtype, [&]<class A>() {
+    A* gradient = args.gradient.as<A>();
+    const GradientSum sum{.sum = const_cast<void*>(args.sum.data), .dtype = args.sum.dtype};
+    parallel_rows(stream, args.sum.size(), kGrain, [&](std::int64_t begin, std::int64_t end, int) {
+      finish_range(gradient + begin, sum.at(begin), end - begin);
+    });
+  });
+}
+
+void sum_of_squares(Stream&, const SumOfSquares& args) {
+  constexpr std::int64_t kSums = 8;
+  dispatch_accumulate(args.gradient.dtype, [&]<class A>() {
+    const A* gradient = args.gradient.as<A>();
+    const std::int64_t count = args.gradient.size();
+    std::array<double, kSums> sums{};
+    std::int64_t i = 0;
+    for (; i + kSums <= count; i += kSums) {
+      for (std::int64_t lane = 0; lane < kSums; ++lane) {
+        const auto value = static_cast<double>(gradient[i + lane]);
+        sums[static_cast<std::size_t>(lane)] += value * value;
+      }
+    }
+    for (std::size_t lane = 0; i < count; ++i, ++lane) {
+      const auto value = static_cast<double>(gradient[i]);
+      sums[lane] += value * value;
+    }
+    double total = 0;
+    for (const double sum : sums) total += sum;
+    *args.result = total;
+  });
+}
+
+namespace {
+
+/// One update in the type of the master weights; every product and sum is rounded where it stands.
+template <class A>
+struct AdamWStep {
+  explicit AdamWStep(const AdamW& args)
+      : clip(static_cast<A>(args.clip_factor)),
+        lr(static_cast<A>(args.lr)),
+        beta1(static_cast<A>(args.beta1)),
+        beta2(static_cast<A>(args.beta2)),
+        rest1(static_cast<A>(1 - args.beta1)),
+        rest2(static_cast<A>(1 - args.beta2)),
+        eps(static_cast<A>(args.eps)),
+        decay(static_cast<A>(args.weight_decay)),
+        correction1(static_cast<A>(args.bias_correction1)),
+        correction2(static_cast<A>(args.bias_correction2)) {}
+
+  A operator()(A p, A& m, A& v, A gradient) const {
+    const A g = gradient * clip;
+    m = beta1 * m + rest1 * g;
+    v = beta2 * v + rest2 * (g * g);
+    const A update = (m / correction1) / (std::sqrt(v / correction2) + eps);
+    return p - lr * (update + decay * p);
+  }
+
+  A clip, lr, beta1, beta2, rest1, rest2, eps, decay, correction1, correction2;
+};
+
+template <class A, bool kWithCopy>
+void adamw_range(const AdamWStep<A> step, A* __restrict master, A* __restrict m, A* __restrict v,
+                 const A* __restrict gradient, bf16* __restrict compute, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    const A p = step(master[i], m[i], v[i], gradient[i]);
+    master[i] = p;
+    if constexpr (kWithCopy) compute[i] = bf16(static_cast<float>(p));
+  }
+}
+
+}  // namespace
+
+void adamw(Stream& stream, const AdamW& args) {
+  dispatch_accumulate(args.master.dtype, [&]<class A>() {
+    const AdamWStep<A> step(args);
+    A* master = args.master.as<A>();
+    A* m = args.m.as<A>();
+    A* v = args.v.as<A>();
+    const A* gradient = args.gradient.as<A>();
+    bf16* compute = args.compute.empty() ? nullptr : args.compute.as<bf16>();
+    parallel_rows(stream, args.master.size(), kGrain,
+                  [&](std::int64_t begin, std::int64_t end, int) {
+                    const std::int64_t count = end - begin;
+                    if (compute == nullptr) {
+                      adamw_range<A, false>(step, master + begin, m + begin, v + begin,
+                                            gradient + begin, nullptr, count);
+                    } else {
+                      adamw_range<A, true>(step, master + begin, m + begin, v + begin,
+                                           gradient + begin, compute + begin, count);
+                    }
+                  });
+  });
+}
+
+}  // namespace cpu
+}  // namespace arcus
