@@ -180,9 +180,10 @@ void scale_rows_sigmoid_backward(Stream& stream, const ScaleRowsBackward& args) 
     using A = Acc<T>;
     parallel_rows(stream, args.x.rows, kRowGrain, [&](std::int64_t begin, std::int64_t end, int) {
       for (std::int64_t t = begin; t < end; ++t) {
-        const A factor = sigmoid(args.logit.row<A>(t)[0]);
+        const A logit = args.logit.row<A>(t)[0];
+        const A factor = sigmoid(logit);
         const A product = dot<A>(args.dout.row<T>(t), args.x.row<T>(t), args.x.cols);
-        args.dlogit.row<A>(t)[0] = factor * (A(1) - factor) * product;
+        args.dlogit.row<A>(t)[0] = factor * sigmoid(-logit) * product;
         scale_row(args.dx.row<T>(t), args.dout.row<T>(t), factor, args.x.cols);
       }
     });
