@@ -23,13 +23,14 @@ constexpr const char* kExitCodes =
 
 int print_help(const CLI::App& app, const std::string& topic) {
   if (topic.empty()) {
-    fmt::print("{}", app.help());
+    // App::help() would give the help of the subcommand that was chosen, which is this one.
+    fmt::print("{}", app.get_formatter()->make_help(&app, "arcus", CLI::AppFormatMode::Normal));
   } else if (topic == "config") {
     fmt::print("{}", config_help());
   } else if (topic == "exit-codes") {
     fmt::print("{}", kExitCodes);
   } else if (const CLI::App* command = find_command(app, topic)) {
-    fmt::print("{}", command->help());
+    fmt::print("{}", command->help("arcus"));
   } else {
     ARCUS_FAIL(ExitCode::usage,
                "no help on \"{}\"; topics are config, exit-codes and the commands that `arcus "

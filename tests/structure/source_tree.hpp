@@ -1,0 +1,23 @@
+#pragma once
+
+#include <filesystem>
+#include <string>
+#include <vector>
+
+namespace arcus::structure {
+
+/// A folder of the tree, its CMake target and the folders that it may include besides itself.
+struct Folder {
+  std::string path;
+  std::string target;  ///< "" where the folder makes no library
+  std::vector<std::string> may_include;
+};
+const std::vector<Folder>& folders();
+
+/// Broken rules of the tree below `root`, one sentence each ("FILE:LINE: ..."), in file order:
+///  - project headers are included by their path from the root, along the arrows of folders();
+///  - headers of MPI, NCCL, CUDA and HDF5 stay in the files that wrap them;
+///  - every folder makes the library named in folders(), linked along the arrows too.
+std::vector<std::string> find_violations(const std::filesystem::path& root);
+
+}  // namespace arcus::structure
