@@ -1,0 +1,122 @@
+#include "checkpoints/files.hpp"
+
+#include <fcntl.h>
+#include <stdio.h>  // renameat2
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "src/base/error.hpp"
+#include "src/base/hash.hpp"
+
+namespace arcus::files {
+namespace {
+
+[[noreturn]] void fail(const char* what, const std::filesystem::path& path) {
+  ARCUS_FAIL(ExitCode::checkpoint, "cannot {} {}: {}", what, path.string(), std::strerror(errno));
+}
+
+/// Owns a file descriptor.
+class Descriptor {
+ public:
+  Descriptor(const std::filesystem::path& path, int flags)
+      : fd_(::open(path.c_str(), flags | O_CLOEXEC, 0666)) {
+    if (fd_ < 0) fail((flags & O_CREAT) != 0 ? "create" : "open", path);
+  }
+  ~Descriptor() {
+    if (fd_ >= 0) ::close(fd_);
+  }
+  Descriptor(const Descriptor&) = delete;
+  Descriptor& operator=(const Descriptor&) = delete;
+  int get() const { return fd_; }
+  int release() { return std::exchange(fd_, -1); }
+
+ private:
+  int fd_;
+};
+
+}  // namespace
+
+void sync(const std::filesystem::path& path) {
+  const Descriptor file(path, O_RDONLY);
+  if (::fsync(file.get()) != 0) fail("sync", path);
+}
+
+void write_synced(const std::filesystem::path& path, std::string_view text) {
+  const Descriptor file(path, O_WRONLY | O_CREAT | O_TRUNC);
+  while (!text.empty()) {
+    const ssize_t put = ::write(file.get(), text.data(), text.size());
+    if (put < 0 && errno == EINTR) continue;
+    if (put < 0) fail("write", path);
+    text.remove_prefix(static_cast<std::size_t>(put));
+  }
+  if (::fsync(file.get()) != 0) fail("sync", path);
+}
+
+void rename_synced(const std::filesystem::path& from, const std::filesystem::path& to) {
+  if (::rename(from.c_str(), to.c_str()) != 0) fail("rename", from);
+  sync(to.parent_path());
+}
+
+void exchange_synced(const std::filesystem::path& from, const std::filesystem::path& to) {
+  if (::renameat2(AT_FDCWD, from.c_str(), AT_FDCWD, to.c_str(), RENAME_EXCHANGE) != 0) {
+    const std::filesystem::path aside = to.string() + ".old.tmp";
+    if (::rename(to.c_str(), aside.c_str()) != 0) fail("rename", to);
+    if (::rename(from.c_str(), to.c_str()) != 0) fail("rename", from);
+    if (::rename(aside.c_str(), from.c_str()) != 0) fail("rename", aside);
+  }
+  sync(to.parent_path());
+}
+
+std::string read_text(const std::filesystem::path& path) {
+  const Descriptor file(path, O_RDONLY);
+  std::string text;
+  char buffer[1 << 14];
+  for (;;) {
+    const ssize_t got = ::read(file.get(), buffer, sizeof(buffer));
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) fail("read", path);
+    if (got == 0) return text;
+    text.append(buffer, static_cast<std::size_t>(got));
+  }
+}
+
+std::uint64_t hash(const std::filesystem::path& path) {
+  const Descriptor file(path, O_RDONLY);
+  std::vector<char> buffer(std::size_t{1} << 20);
+  StreamHash hash;
+  for (;;) {
+    const ssize_t got = ::read(file.get(), buffer.data(), buffer.size());
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) fail("read", path);
+    if (got == 0) return hash.digest();
+    hash.update(buffer.data(), static_cast<std::size_t>(got));
+  }
+}
+
+int open_for_reading(const std::filesystem::path& path) {
+  return Descriptor(path, O_RDONLY).release();
+}
+
+void read_at(int descriptor, std::int64_t offset, void* out, std::int64_t bytes,
+             const std::filesystem::path& path) {
+  constexpr std::int64_t kMaxTransfer = std::int64_t{1} << 30;  // Linux moves at most 2 GiB at once
+  auto* target = static_cast<char*>(out);
+  while (bytes > 0) {
+    const ssize_t got = ::pread(descriptor, target,
+                                static_cast<std::size_t>(std::min(bytes, kMaxTransfer)), offset);
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) fail("read", path);
+    ARCUS_REQUIRE(got > 0, ExitCode::checkpoint, "{} ends at byte {}, {} more were expected",
+                  path.string(), offset, bytes);
+    target += got;
+    offset += got;
+    bytes -= got;
+  }
+}
+
+}  // namespace arcus::files

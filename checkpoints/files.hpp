@@ -1,0 +1,30 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <string_view>
+
+/// Files that must be on disk, or be what was on disk. Failures name the file and say why; exit
+/// code 66.
+namespace arcus::files {
+
+/// Forces a file's or folder's contents to disk.
+void sync(const std::filesystem::path& path);
+/// Writes a file and forces it to disk.
+void write_synced(const std::filesystem::path& path, std::string_view text);
+/// Atomic within one file system; forces the folder of `to` to disk.
+void rename_synced(const std::filesystem::path& from, const std::filesystem::path& to);
+/// Puts the folder `from` in the place of the folder `to`, which ends up under the name `from`; in
+/// one operation where the file system has it. Forces their folder to disk.
+void exchange_synced(const std::filesystem::path& from, const std::filesystem::path& to);
+
+std::string read_text(const std::filesystem::path& path);
+std::uint64_t hash(const std::filesystem::path& path);
+
+int open_for_reading(const std::filesystem::path& path);
+/// Reads exactly `bytes` bytes; `path` is for messages.
+void read_at(int descriptor, std::int64_t offset, void* out, std::int64_t bytes,
+             const std::filesystem::path& path);
+
+}  // namespace arcus::files

@@ -1,0 +1,60 @@
+#include "checkpoints/run_lock.hpp"
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <sys/file.h>
+#include <unistd.h>
+
+#include <array>
+#include <cerrno>
+#include <cstring>
+#include <string>
+
+#include "src/base/error.hpp"
+
+namespace arcus {
+namespace {
+
+std::string host_name() {
+  std::array<char, 256> name{};
+  return ::gethostname(name.data(), name.size() - 1) == 0 ? name.data() : "unknown host";
+}
+
+std::string read_holder(int descriptor) {
+  std::array<char, 512> text{};
+  const ssize_t got = ::pread(descriptor, text.data(), text.size(), 0);
+  return got > 0 ? std::string(text.data(), static_cast<std::size_t>(got)) : "another process";
+}
+
+}  // namespace
+
+RunLock::RunLock(const std::filesystem::path& run_dir) {
+  std::error_code error;
+  std::filesystem::create_directories(run_dir, error);
+  const std::filesystem::path path = run_dir / "lock";
+  descriptor_ = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+  ARCUS_REQUIRE(descriptor_ >= 0, ExitCode::usage, "cannot open {}: {}; choose another [run] dir",
+                path.string(), std::strerror(errno));
+  if (::flock(descriptor_, LOCK_EX | LOCK_NB) != 0) {
+    const bool taken = errno == EWOULDBLOCK;
+    const std::string reason =
+        taken ? "is in use by " + read_holder(descriptor_) : std::strerror(errno);
+    ::close(descriptor_);
+    ARCUS_REQUIRE(!taken, ExitCode::usage,
+                  "run folder {} {}; wait for that run to end, or choose another [run] dir",
+                  run_dir.string(), reason);
+    ARCUS_FAIL(ExitCode::usage,
+               "cannot lock {}: {}; choose a [run] dir on a file system with locks", path.string(),
+               reason);
+  }
+  const std::string holder = fmt::format("process {} on {}", ::getpid(), host_name());
+  // The text only serves the message above, so a full disk is no reason to stop here.
+  if (::ftruncate(descriptor_, 0) != 0 ||
+      ::pwrite(descriptor_, holder.data(), holder.size(), 0) < 0) {
+    return;
+  }
+}
+
+RunLock::~RunLock() { ::close(descriptor_); }
+
+}  // namespace arcus
