@@ -14,11 +14,12 @@ struct DispatcherOptions {
   std::int64_t slots_per_token = 0;  ///< K
   std::int64_t hidden_size = 0;      ///< H
   DType dtype = DType::f32;          ///< of rows; scalars have accumulate_dtype(dtype)
-  std::int64_t capacity = 0;         ///< most rows per (expert, micro-batch); 0 = max_tokens
+  std::int64_t capacity = 0;         ///< most rows per (expert, micro-batch); 0 = dropless
 };
 
 /// What combine returns to the token's rank: per slot a pointer to its row (null where dropped)
-/// and its scalar. Valid until the next combine on the same dispatcher.
+/// and its scalar. Valid until the next combine on the same dispatcher, and as long as the rows
+/// that were combined live: a row that never left its rank is pointed at where it is.
 struct SlotRows {
   std::span<const void* const> rows;  ///< [T * K], each H elements
   ConstTensorView scalars;            ///< [T, K] accumulate type, 0 where dropped; empty if unused
@@ -26,10 +27,13 @@ struct SlotRows {
 
 /// Takes tokens to their experts' ranks and back. Given one row per token plus a scalar per slot,
 /// never K rows, so that a strategy may send a row once per node. What is combined is never
-/// pre-summed on the way. dispatch and (combine, then sum over K) are transposes.
+/// pre-summed on the way. dispatch and (combine, then sum over K) are transposes. At most one
+/// dispatch or combine of a dispatcher is under way at a time.
 class TokenDispatcher {
  public:
-  virtual ~TokenDispatcher() = default;
+  virtual ~TokenDispatcher();
+  TokenDispatcher(const TokenDispatcher&) = delete;
+  TokenDispatcher& operator=(const TokenDispatcher&) = delete;
 
   const DispatcherOptions& options() const { return options_; }
   const ExpertPartition& experts() const { return experts_; }
@@ -39,30 +43,50 @@ class TokenDispatcher {
   DispatchPlan make_plan_storage(Arena& arena) const;
   /// Fills `plan` from expert_of_slot [T, K] i32 (-1 = dropped): counting sort, then the counts
   /// exchange with its cross-check. Collective over the EP group; idle ranks pass T = 0 and
-  /// micro_batch -1. Every rank's micro-batch number travels with its counts.
+  /// micro_batch -1. Every rank's micro-batch number travels with its counts; no two ranks may have
+  /// the same one.
   void make_plan(Stream& stream, ConstTensorView expert_of_slot, std::int64_t micro_batch,
                  PlanTag tag, DispatchPlan& plan);
-  /// rows[R, H] = copies of tokens[T, H]; row_scalars[1, R] = copies of slot_scalars[T, K] (both
-  /// may be empty). The event completes the receive buffers; the inputs must live until then.
+  /// rows[R, H] = copies of tokens[T, H]; row_scalars[1, R] = copies of slot_scalars[T, K]. Scalars
+  /// travel unless both views are null (data == nullptr); all ranks must do alike. The event
+  /// completes the receive buffers; inputs and plan must live until then. `rows` is contiguous, and
+  /// kWgradRowPadding further rows behind its end belong to the buffer: they are set to zero, since
+  /// weight gradients read them.
   virtual Event dispatch(Stream& stream, const DispatchPlan& plan, ConstTensorView tokens,
                          ConstTensorView slot_scalars, TensorView rows, TensorView row_scalars) = 0;
-  /// The way back of rows[R, H] and row_scalars[1, R] (may be empty). `slot_rows` is filled at once
-  /// and may be read when the event is complete.
+  /// The way back of rows[R, H] (contiguous) and row_scalars[1, R]; null data: no scalars, on all
+  /// ranks alike (a rank that received no row passes a view of no columns with data). `slot_rows`
+  /// is filled at once and may be read when the event is complete.
   virtual Event combine(Stream& stream, const DispatchPlan& plan, ConstTensorView rows,
                         ConstTensorView row_scalars, SlotRows& slot_rows) = 0;
 
   /// Most rows this rank can receive in one round.
   std::int64_t max_recv_rows() const;
   std::int64_t max_padded_rows() const;
+  /// Bytes this dispatcher has set aside for rows under way (touched only as far as they are used).
+  virtual std::int64_t buffer_bytes() const = 0;
 
  protected:
   TokenDispatcher(Communicator& comm, const DispatcherOptions& options);
 
  private:
+  struct Counting;
+  void sort_slots(ConstTensorView expert_of_slot, DispatchPlan& plan);
+  void exchange_counts(Stream& stream, PlanTag tag, DispatchPlan& plan);
+  void check_counts(PlanTag tag) const;
+  void place_segments(DispatchPlan& plan);
+
   Communicator* comm_;
   DispatcherOptions options_;
   ExpertPartition experts_;
+  std::unique_ptr<Counting> counting_;
 };
+
+/// Bounds on what `rank` of num_ranks receives in one round, for planning without a communicator.
+std::int64_t max_recv_rows(const DispatcherOptions& options, int rank, int num_ranks);
+std::int64_t max_padded_rows(const DispatcherOptions& options, int rank, int num_ranks);
+/// buffer_bytes() of a flat dispatcher.
+std::int64_t flat_dispatcher_bytes(const DispatcherOptions& options);
 
 /// One message per peer over any transport: rows packed in send order, own rows copied straight to
 /// their place, segments read from the receive buffer without an unpermute.

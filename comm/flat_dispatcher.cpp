@@ -1,0 +1,234 @@
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "comm/token_dispatcher.hpp"
+#include "kernels/cpu/parallel.hpp"
+
+namespace arcus {
+namespace {
+
+std::int64_t row_bytes_of(const DispatcherOptions& options) {
+  return options.hidden_size * static_cast<std::int64_t>(size_of(options.dtype));
+}
+std::int64_t scalar_bytes_of(const DispatcherOptions& options) {
+  return static_cast<std::int64_t>(size_of(accumulate_dtype(options.dtype)));
+}
+std::int64_t slots_of(const DispatcherOptions& options) {
+  return options.max_tokens * options.slots_per_token;
+}
+
+/// Bytes of rows that one thread packs before it looks at the pending exchange again.
+constexpr std::int64_t kPackBytes = std::int64_t{1} << 16;
+
+class FlatDispatcher final : public TokenDispatcher {
+ public:
+  FlatDispatcher(Communicator& ep, const DispatcherOptions& options)
+      : TokenDispatcher(ep, options),
+        row_bytes_(row_bytes_of(options)),
+        scalar_bytes_(scalar_bytes_of(options)),
+        send_(ep.allocate_rows("dispatch", slots_of(options) * row_bytes_)),
+        slots_(ep.allocate_rows("combine", slots_of(options) * row_bytes_)),
+        scalars_("scalars", 3 * (slots_of(options) * scalar_bytes_ + 128)),
+        send_rows_(static_cast<char*>(send_.allocate_bytes(slots_of(options) * row_bytes_))),
+        slot_rows_(static_cast<char*>(slots_.allocate_bytes(slots_of(options) * row_bytes_))),
+        row_pointers_(static_cast<std::size_t>(slots_of(options))),
+        send_counts_(static_cast<std::size_t>(ep.size())),
+        recv_counts_(send_counts_.size()),
+        combined_(*this) {
+    for (char** part : {&send_scalars_, &recv_scalars_, &slot_scalars_}) {
+      *part = static_cast<char*>(scalars_.allocate_bytes(slots_of(options) * scalar_bytes_));
+    }
+  }
+
+  std::int64_t buffer_bytes() const override { return flat_dispatcher_bytes(options()); }
+
+  Event dispatch(Stream& stream, const DispatchPlan& plan, ConstTensorView tokens,
+                 ConstTensorView slot_scalars, TensorView rows, TensorView row_scalars) override {
+    const bool scalars = slot_scalars.data != nullptr || row_scalars.data != nullptr;
+    check_rows("tokens", tokens, plan.num_tokens);
+    check_rows("rows", rows, plan.num_recv_rows);
+    ARCUS_CHECK(rows.contiguous(), "dispatch: received rows have a stride of {}", rows.stride);
+    if (scalars) {
+      check_scalars("slot", slot_scalars, plan.num_tokens * plan.slots_per_token);
+      check_scalars("row", row_scalars, plan.num_recv_rows);
+    }
+    pack(stream, plan, tokens, slot_scalars, rows, row_scalars);
+    if (rows.data != nullptr) {
+      std::memset(static_cast<char*>(rows.data) + plan.num_recv_rows * row_bytes_, 0,
+                  static_cast<std::size_t>(kWgradRowPadding * row_bytes_));
+    }
+    AllToAllV args = {send_rows_,   send_counts_,      plan.send_offsets, rows.data,
+                      recv_counts_, plan.recv_offsets, row_bytes_};
+    if (scalars) add_scalars(args, send_scalars_, row_scalars.data);
+    exclude_own(plan.send_counts, plan.recv_counts);
+    return comm().all_to_all_v(stream, args);
+  }
+
+  Event combine(Stream& stream, const DispatchPlan& plan, ConstTensorView rows,
+                ConstTensorView row_scalars, SlotRows& slot_rows) override {
+    const bool scalars = row_scalars.data != nullptr;
+    check_rows("rows", rows, plan.num_recv_rows);
+    ARCUS_CHECK(rows.contiguous(), "combine: rows have a stride of {}", rows.stride);
+    if (scalars) check_scalars("row", row_scalars, plan.num_recv_rows);
+    point_at_rows(plan, static_cast<const char*>(rows.data));
+    slot_rows.rows = std::span(row_pointers_).first(plan.row_of_slot.size());
+    slot_rows.scalars = {};
+    AllToAllV args = {rows.data,    recv_counts_,      plan.recv_offsets, slot_rows_,
+                      send_counts_, plan.send_offsets, row_bytes_};
+    exclude_own(plan.send_counts, plan.recv_counts);
+    if (!scalars) return comm().all_to_all_v(stream, args);
+    add_scalars(args, row_scalars.data, recv_scalars_);
+    slot_rows.scalars = {slot_scalars_, accumulate_dtype(options().dtype), plan.num_tokens,
+                         plan.slots_per_token};
+    combined_.begin(comm().all_to_all_v(stream, args), plan, row_scalars.data);
+    return Event(&combined_);
+  }
+
+ private:
+  /// A combine with scalars: once they are here they go from send order to slot order.
+  class Combined final : public Pending {
+   public:
+    explicit Combined(FlatDispatcher& owner) : owner_(owner) {}
+    void begin(Event exchange, const DispatchPlan& plan, const void* own_scalars) {
+      exchange_ = exchange;
+      plan_ = &plan;
+      own_scalars_ = static_cast<const char*>(own_scalars);
+    }
+    bool test() override {
+      if (plan_ == nullptr) return true;
+      if (!exchange_.test()) return false;
+      finish();
+      return true;
+    }
+    void wait() override {
+      if (plan_ == nullptr) return;
+      exchange_.wait();
+      finish();
+    }
+
+   private:
+    void finish() {
+      exchange_ = Event();
+      owner_.place_scalars(*plan_, own_scalars_);
+      plan_ = nullptr;
+    }
+    FlatDispatcher& owner_;
+    Event exchange_;
+    const DispatchPlan* plan_ = nullptr;
+    const char* own_scalars_ = nullptr;
+  };
+
+  void check_rows(const char* what, const ConstTensorView& view, std::int64_t expected) const {
+    ARCUS_CHECK(view.rows == expected && (expected == 0 || view.cols == options().hidden_size) &&
+                    (expected == 0 || view.dtype == options().dtype),
+                "{} are {} x {} {}, the plan has {} of {} {}", what, view.rows, view.cols,
+                name_of(view.dtype), expected, options().hidden_size, name_of(options().dtype));
+  }
+  void check_scalars(const char* what, const ConstTensorView& view, std::int64_t expected) const {
+    const DType dtype = accumulate_dtype(options().dtype);
+    ARCUS_CHECK(
+        view.size() == expected && view.contiguous() && (expected == 0 || view.dtype == dtype),
+        "{} {} scalars of {}, the plan has {} of {}", view.size(), what, name_of(view.dtype),
+        expected, name_of(dtype));
+  }
+
+  /// Own rows are copied straight to their place, so they take no part in the exchange.
+  void exclude_own(std::span<const std::int64_t> send, std::span<const std::int64_t> recv) {
+    std::copy(send.begin(), send.end(), send_counts_.begin());
+    std::copy(recv.begin(), recv.end(), recv_counts_.begin());
+    send_counts_[me()] = recv_counts_[me()] = 0;
+  }
+  void add_scalars(AllToAllV& args, const void* send, void* recv) const {
+    args.send_scalars = send;
+    args.recv_scalars = recv;
+    args.scalar_bytes = scalar_bytes_;
+  }
+  std::size_t me() { return static_cast<std::size_t>(comm().rank()); }
+
+  /// The distance from an own row's place in send order to its place among received rows.
+  struct OwnRows {
+    std::int64_t begin, end, shift;
+    bool contain(std::int64_t row) const { return row >= begin && row < end; }
+  };
+  OwnRows own_rows(const DispatchPlan& plan) {
+    const std::int64_t begin = plan.send_offsets[me()];
+    return {begin, begin + plan.send_counts[me()], plan.recv_offsets[me()] - begin};
+  }
+
+  void pack(Stream& stream, const DispatchPlan& plan, ConstTensorView tokens,
+            ConstTensorView slot_scalars, TensorView rows, TensorView row_scalars) {
+    const OwnRows own = own_rows(plan);
+    const auto* source = static_cast<const char*>(tokens.data);
+    const std::int64_t stride = tokens.stride * static_cast<std::int64_t>(size_of(options().dtype));
+    const auto* scalars = static_cast<const char*>(slot_scalars.data);
+    cpu::parallel_rows(
+        stream, plan.num_send_rows, std::max<std::int64_t>(1, kPackBytes / row_bytes_),
+        [&](std::int64_t begin, std::int64_t end, int /*thread*/) {
+          for (std::int64_t row = begin; row < end; ++row) {
+            const bool stays = own.contain(row);
+            const std::int64_t place = stays ? row + own.shift : row;
+            char* to = stays ? static_cast<char*>(rows.data) : send_rows_;
+            const std::int64_t slot = plan.slot_of_row[static_cast<std::size_t>(row)];
+            std::memcpy(to + place * row_bytes_, source + slot / plan.slots_per_token * stride,
+                        static_cast<std::size_t>(row_bytes_));
+            if (scalars == nullptr) continue;
+            char* scalar_to = stays ? static_cast<char*>(row_scalars.data) : send_scalars_;
+            std::memcpy(scalar_to + place * scalar_bytes_, scalars + slot * scalar_bytes_,
+                        static_cast<std::size_t>(scalar_bytes_));
+          }
+        });
+  }
+
+  void point_at_rows(const DispatchPlan& plan, const char* rows) {
+    const OwnRows own = own_rows(plan);
+    for (std::size_t slot = 0; slot < plan.row_of_slot.size(); ++slot) {
+      const std::int64_t row = plan.row_of_slot[slot];
+      const bool stayed = own.contain(row);
+      const char* base = stayed ? rows : slot_rows_;
+      const std::int64_t place = stayed ? row + own.shift : row;
+      row_pointers_[slot] = row < 0 ? nullptr : base + place * row_bytes_;
+    }
+  }
+
+  void place_scalars(const DispatchPlan& plan, const char* own_scalars) {
+    dispatch_accumulate(accumulate_dtype(options().dtype), [&]<class A>() {
+      const OwnRows own = own_rows(plan);
+      const auto* theirs = reinterpret_cast<const A*>(recv_scalars_);
+      const auto* ours = reinterpret_cast<const A*>(own_scalars);
+      auto* out = reinterpret_cast<A*>(slot_scalars_);
+      for (std::size_t slot = 0; slot < plan.row_of_slot.size(); ++slot) {
+        const std::int64_t row = plan.row_of_slot[slot];
+        out[slot] = row < 0 ? A(0) : own.contain(row) ? ours[row + own.shift] : theirs[row];
+      }
+    });
+  }
+
+  std::int64_t row_bytes_;
+  std::int64_t scalar_bytes_;
+  Arena send_;     ///< packed rows, in send order
+  Arena slots_;    ///< rows that come back, in send order
+  Arena scalars_;  ///< the same two for scalars, and those in slot order
+  char* send_rows_;
+  char* slot_rows_;
+  char* send_scalars_ = nullptr;
+  char* recv_scalars_ = nullptr;
+  char* slot_scalars_ = nullptr;
+  std::vector<const void*> row_pointers_;
+  std::vector<std::int64_t> send_counts_, recv_counts_;  ///< the plan's without own rows
+  Combined combined_;
+};
+
+}  // namespace
+
+std::int64_t flat_dispatcher_bytes(const DispatcherOptions& options) {
+  return slots_of(options) * (2 * row_bytes_of(options) + 3 * scalar_bytes_of(options) +
+                              static_cast<std::int64_t>(sizeof(void*)));
+}
+
+std::unique_ptr<TokenDispatcher> make_flat_dispatcher(Communicator& ep,
+                                                      const DispatcherOptions& options) {
+  return std::make_unique<FlatDispatcher>(ep, options);
+}
+
+}  // namespace arcus
