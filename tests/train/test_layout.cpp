@@ -1,0 +1,96 @@
+// Law: losses, gradient norms, metrics, routing, drops and the digest of the state have the same bits
+// at any number of ranks (threads here), EP size and number of threads.
+
+#include <gtest/gtest.h>
+
+
+#include "tests/support/training_fixture.hpp"
+
+namespace arcus::testing {
+namespace {
+
+struct Variant {
+  const char* name;
+  void (*change)(TrainerOptions&);
+};
+std::ostream& operator<<(std::ostream& out, const Variant& variant) { return out << variant.name; }
+
+const Variant kVariants[] = {
+    {"dropless", [](TrainerOptions&) {}},
+    {"capacity", [](TrainerOptions& o) { o.routing.capacity_factor = 1.0; }},
+    {"probs",
+     [](TrainerOptions& o) {
+       o.routing.capacity_factor = 0.8;
+       o.routing.drop_policy = "probs";
+       o.routing.renormalize_after_drop = true;
+     }},
+    {"shared_recompute",
+     [](TrainerOptions& o) {
+       o.model.num_shared_experts = 1;
+       o.model.shared_expert_gate = true;
+       o.model.first_k_dense = 1;
+       o.model.qkv_bias = true;
+       o.model.tie_embeddings = true;
+       o.routing.gate_bias = true;
+       o.routing.capacity_factor = 1.25;
+       o.train.recompute = true;
+     }},
+};
+
+constexpr std::int64_t kSteps = 20;
+
+class Layout : public ::testing::TestWithParam<Variant> {
+ protected:
+  static void SetUpTestSuite() {
+    folder_ = std::make_unique<TemporaryFolder>("arcus_layout");
+    dataset_ = std::make_unique<TokenDataset>(small_dataset(folder_->path()));
+  }
+  static void TearDownTestSuite() {
+    dataset_.reset();
+    folder_.reset();
+  }
+  static TrainerOptions options() {
+    TrainerOptions o = small_training();
+    GetParam().change(o);
+    return o;
+  }
+  std::vector<std::string> on_threads(int ranks, int ep_size, const TrainerOptions& o) {
+    std::vector<std::string> lines;
+    run_on_threads(ranks, {}, [&](Communicator& world) {
+      auto mine = trace_of_run(world, ep_size, o, *dataset_, kSteps);
+      if (world.rank() == 0) lines = std::move(mine);
+    });
+    return lines;
+  }
+  static inline std::unique_ptr<TemporaryFolder> folder_;
+  static inline std::unique_ptr<TokenDataset> dataset_;
+};
+
+TEST_P(Layout, SameBitsOnAnyRanksAndEp) {
+  const TrainerOptions o = options();
+  auto self = make_self_communicator();
+  const auto reference = trace_of_run(*self, 1, o, *dataset_, kSteps);
+  ASSERT_EQ(reference.size(), kSteps + 1U);
+  EXPECT_NE(reference[0], reference[1]);
+  EXPECT_EQ(trace_of_run(*self, 1, o, *dataset_, kSteps, 3), reference) << "3 threads";
+  for (const int ranks : {2, 3, 4}) {
+    for (int ep = 1; ep <= ranks; ++ep) {
+      if (ranks % ep != 0) continue;
+      EXPECT_EQ(on_threads(ranks, ep, o), reference) << ranks << " ranks, EP " << ep;
+    }
+  }
+}
+
+TEST_P(Layout, RecomputationChangesNothing) {
+  TrainerOptions o = options();
+  auto self = make_self_communicator();
+  const auto before = trace_of_run(*self, 1, o, *dataset_, 5);
+  o.train.recompute = !o.train.recompute;
+  EXPECT_EQ(trace_of_run(*self, 1, o, *dataset_, 5), before);
+}
+
+INSTANTIATE_TEST_SUITE_P(Options, Layout, ::testing::ValuesIn(kVariants),
+                         [](const auto& variant) { return std::string(variant.param.name); });
+
+}  // namespace
+}  // namespace arcus::testing
