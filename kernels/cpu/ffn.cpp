@@ -83,7 +83,7 @@ std::span<const RowTile> make_row_tiles(Stream& stream, std::span<const Segment>
   return {tiles, next};
 }
 
-/// Rows of a task: whole tiles of every product in it (heights are powers of two).
+/// Rows of a task: whole tiles of every product in it (fixed heights divide each other).
 std::int64_t ffn_tile_height(DType compute, const FfnShape& shape) {
   const std::int64_t hidden = shape.hidden_size;
   const std::int64_t width = shape.ff_size;

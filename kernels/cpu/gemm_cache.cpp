@@ -93,10 +93,6 @@ struct CompactTile {
   std::int64_t a_bytes;
 };
 
-bool has_fixed_height(const GemmKey& key) {
-  return key.ab_dtype == DType::bf16 && bf16_needs_fixed_rows();
-}
-
 void copy_rows(void* to, std::int64_t to_stride, const void* from, std::int64_t from_stride,
                std::int64_t row_bytes, std::int64_t rows) {
   for (std::int64_t i = 0; i < rows; ++i) {
@@ -332,9 +328,10 @@ void run_gemm(Context& context, int thread, const GemmKey& key, const void* a, c
 
 void build_gemm(Context& context, const GemmKey& key) { context.gemm().build(key); }
 
-bool bf16_needs_fixed_rows() {
+bool needs_fixed_rows(DType ab_dtype) {
   static const bool amx = has_isa(dnnl_cpu_isa_avx512_core_amx);
-  return amx;
+  static const bool avx512 = has_isa(dnnl_cpu_isa_avx512_core);
+  return ab_dtype == DType::bf16 ? amx : ab_dtype == DType::f32 && !avx512;
 }
 
 bool bf16_is_native() {
@@ -343,7 +340,10 @@ bool bf16_is_native() {
 }
 
 std::int64_t row_tile_height(DType ab_dtype, std::int64_t n, std::int64_t k) {
-  if (ab_dtype != DType::bf16 || !bf16_needs_fixed_rows()) return 256;
+  if (!needs_fixed_rows(ab_dtype)) return 256;
+  // A multiple of the rows of every register block before AVX-512 (8, 16, 24), else the rows at a
+  // tile's end would run through other code.
+  if (ab_dtype == DType::f32) return 96;
   // A tall tile reads the weight less often, a low one wastes less on padding: large weights are
   // bound by the former.
   return n * k >= (std::int64_t{1} << 18) ? 128 : 64;
@@ -381,17 +381,17 @@ void run_gemm_rows(Context& context, int thread, GemmKey key, std::int64_t rows,
   const std::int64_t c_step = key.ldc * static_cast<std::int64_t>(size_of(key.c_dtype));
   for (std::int64_t begin = 0; begin < rows; begin += height) {
     const std::int64_t tile_rows = std::min(height, rows - begin);
-    key.m = has_fixed_height(key) ? height : tile_rows;
+    key.m = needs_fixed_rows(key.ab_dtype) ? height : tile_rows;
     run_tile(context, thread, key, tile_rows, static_cast<const char*>(a) + begin * a_step, b,
              static_cast<char*>(c) + begin * c_step, bias);
   }
 }
 
 void build_gemm_tile(Context& context, GemmKey key, std::int64_t rows) {
-  key.m = has_fixed_height(key) ? row_tile_height(key.ab_dtype, key.n, key.k) : rows;
+  key.m = needs_fixed_rows(key.ab_dtype) ? row_tile_height(key.ab_dtype, key.n, key.k) : rows;
   const CompactTile tile(key);
   build_gemm(context, tile.key);
-  if (!has_fixed_height(key) && key.lda == key.k && key.ldc == key.n) return;
+  if (!needs_fixed_rows(key.ab_dtype) && key.lda == key.k && key.ldc == key.n) return;
   for (int thread = 0; thread < context.num_threads(); ++thread) {
     context.gemm().padding(thread, tile.bytes());
   }

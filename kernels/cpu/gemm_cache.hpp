@@ -38,15 +38,15 @@ void run_gemm(Context& context, int thread, const GemmKey& key, const void* a, c
 /// Builds the primitive for `key` unless it exists; to be called outside steps.
 void build_gemm(Context& context, const GemmKey& key);
 
-/// True where bf16 products depend on the number of rows (AMX): every bf16 product must then use
-/// one fixed row count per shape, its operand zero-padded.
-bool bf16_needs_fixed_rows();
+/// True where a row's bits depend on the number of rows of its product (bf16 with AMX; f32 without
+/// AVX-512): every product must then use one fixed row count per shape, its operand zero-padded.
+bool needs_fixed_rows(DType ab_dtype);
+inline bool bf16_needs_fixed_rows() { return needs_fixed_rows(DType::bf16); }
 /// True where the processor multiplies bf16 natively (AVX512_BF16 or AMX).
 bool bf16_is_native();
 
 /// Greatest height of the row tiles into which c[M,N] = a[M,K] op(b) is cut where a row's bits must
-/// not depend on M; a rule of type and shape alone. 256, or the fixed height of
-/// bf16_needs_fixed_rows().
+/// not depend on M; a rule of type and shape alone. 256, or the fixed height of needs_fixed_rows.
 std::int64_t row_tile_height(DType ab_dtype, std::int64_t n, std::int64_t k);
 /// c[rows, N] in tiles of row_tile_height rows and a tail; transpose_a = false. A row's bits depend
 /// neither on `rows` nor on lda and ldc: operands with padded rows, and tails where the height is

@@ -1,0 +1,358 @@
+#include "kernels/ffn.hpp"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "kernels/cpu/gemm_cache.hpp"
+#include "tests/kernels/gemm_support.hpp"
+
+namespace arcus {
+namespace {
+
+using testing::Matrix;
+using testing::same_bits;
+using testing::unit_roundoff;
+
+/// One set of experts with rows of several micro-batches, all buffers and both passes.
+template <class T>
+struct Experts {
+  using A = Acc<T>;
+  struct Rows {
+    std::int32_t expert;
+    std::int64_t micro_batch;
+    std::int64_t rows;
+  };
+
+  /// `gap` rows between segments of the exchanged buffers: segments start anywhere.
+  Experts(FfnShape ffn_shape, std::int64_t experts, const std::vector<Rows>& parts,
+          std::int64_t gap = 0)
+      : shape(ffn_shape),
+        num_experts(experts),
+        expert_stride(3 * shape.hidden_size * shape.ff_size + 64),
+        weights(1, experts * expert_stride),
+        x(place(parts, gap), shape.hidden_size, 0, kWgradRowPadding),
+        y(num_rows, shape.hidden_size),
+        dout(num_rows, shape.hidden_size),
+        dx(num_rows, shape.hidden_size),
+        row_weight(1, num_rows),
+        drow_weight(1, num_rows),
+        gate_up(num_padded, 2 * shape.ff_size, ffn_row_stride(2 * shape.ff_size)),
+        act(num_padded, shape.ff_size, ffn_row_stride(shape.ff_size)),
+        dy(num_padded, shape.hidden_size, ffn_row_stride(shape.hidden_size)),
+        dgate_up(num_padded, 2 * shape.ff_size, ffn_row_stride(2 * shape.ff_size)) {
+    weights.randomize(1, 0.3), x.randomize(2), dout.randomize(3), row_weight.randomize(4);
+    y.randomize(5), dx.randomize(6), drow_weight.randomize(7);
+    // What earlier steps left in local buffers must not matter.
+    for (Matrix<T>* buffer : {&gate_up, &act, &dy, &dgate_up}) {
+      std::fill(buffer->values.begin(), buffer->values.end(), static_cast<T>(static_cast<A>(NAN)));
+    }
+  }
+
+  std::int64_t place(const std::vector<Rows>& parts, std::int64_t gap) {
+    for (const Rows& part : parts) {
+      segments.push_back({part.expert, part.micro_batch, num_rows + gap, num_padded, part.rows});
+      num_rows += part.rows + gap;
+      num_padded += padded_rows(part.rows);
+    }
+    return num_rows;
+  }
+
+  T* gate(std::int64_t e) { return weights.row(0) + e * expert_stride; }
+  T* up(std::int64_t e) { return gate(e) + shape.ff_size * shape.hidden_size; }
+  T* down(std::int64_t e) { return up(e) + shape.ff_size * shape.hidden_size; }
+  FfnWeights views() {
+    const std::int64_t h = shape.hidden_size, f = shape.ff_size;
+    return {{gate(0), dtype_of<T>(), 2 * f, h}, {down(0), dtype_of<T>(), h, f}, expert_stride};
+  }
+  void forward(Stream& stream) {
+    ffn_forward(stream, {.y = y.view(),
+                         .gate_up = gate_up.view(),
+                         .act = act.view(),
+                         .x = x.view(),
+                         .weights = views(),
+                         .shape = shape,
+                         .segments = segments});
+  }
+  void backward(Stream& stream, bool with_weights) {
+    FfnBackward args{.dx = dx.view(),
+                     .dy = dy.view(),
+                     .dgate_up = dgate_up.view(),
+                     .dout = dout.view(),
+                     .gate_up = gate_up.view(),
+                     .weights = views(),
+                     .shape = shape,
+                     .segments = segments};
+    if (with_weights) {
+      args.drow_weight = drow_weight.view();
+      args.row_weight = row_weight.view();
+      args.y = y.view();
+    }
+    ffn_backward(stream, args);
+  }
+  /// Sums of S laid out like the weights; calls for the parts of segments [0, end) in turn.
+  template <class S>
+  std::vector<S> wgrad(Stream& stream, BadLeafFlag* flag = nullptr) {
+    std::vector<S> sums(weights.values.size(), S(0));
+    const std::int64_t matrix = shape.hidden_size * shape.ff_size;
+    const GradientSum sum{.sum = sums.data(),
+                          .dtype = dtype_of<S>(),
+                          .limit = leaf_limit(8),
+                          .tensor_idx = 10,
+                          .flag = flag};
+    FfnWgrad args{.dgate = sum,
+                  .dup = sum.at(matrix),
+                  .ddown = sum.at(2 * matrix),
+                  .expert_stride = expert_stride,
+                  .tensor_idx_stride = 3,
+                  .x = x.view(),
+                  .act = act.view(),
+                  .dy = dy.view(),
+                  .dgate_up = dgate_up.view(),
+                  .shape = shape,
+                  .segments = segments};
+    args.dup.tensor_idx = 11;
+    args.ddown.tensor_idx = 12;
+    ffn_wgrad(stream, args);
+    return sums;
+  }
+
+  FfnShape shape;
+  std::int64_t num_experts, expert_stride;
+  std::int64_t num_rows = 0, num_padded = 0;
+  std::vector<Segment> segments;
+  Matrix<T> weights, x, y, dout, dx;
+  Matrix<A> row_weight, drow_weight;
+  Matrix<T> gate_up, act, dy, dgate_up;
+};
+
+/// The same in double, row by row, straight from the formulas.
+struct Reference {
+  template <class T>
+  explicit Reference(Experts<T>& e, bool with_weights)
+      : hidden(e.shape.hidden_size),
+        width(e.shape.ff_size),
+        y(e.num_rows, hidden),
+        dx(e.num_rows, hidden),
+        drow_weight(1, e.num_rows),
+        sums(1, std::ssize(e.weights.values)) {
+    for (const Segment& segment : e.segments) {
+      for (std::int64_t i = 0; i < segment.rows; ++i) {
+        add_row(e, segment.local_expert_idx, segment.row_begin + i, with_weights);
+      }
+    }
+  }
+
+  template <class T>
+  void add_row(Experts<T>& e, std::int64_t expert, std::int64_t r, bool with_weights) {
+    const auto w = [](const T* matrix, std::int64_t i) { return static_cast<double>(matrix[i]); };
+    std::vector<double> g(width), u(width), a(width), dyr(hidden), dg(width), du(width);
+    for (std::int64_t f = 0; f < width; ++f) {
+      for (std::int64_t h = 0; h < hidden; ++h) {
+        g[f] += static_cast<double>(e.x.at(r, h)) * w(e.gate(expert), f * hidden + h);
+        u[f] += static_cast<double>(e.x.at(r, h)) * w(e.up(expert), f * hidden + h);
+      }
+      a[f] = g[f] / (1 + std::exp(-g[f])) * u[f];
+    }
+    for (std::int64_t h = 0; h < hidden; ++h) {
+      for (std::int64_t f = 0; f < width; ++f)
+        y.at(r, h) += a[f] * w(e.down(expert), h * width + f);
+      const double dout = static_cast<double>(e.dout.at(r, h));
+      dyr[h] = with_weights ? dout * static_cast<double>(e.row_weight.at(0, r)) : dout;
+      drow_weight.at(0, r) += dout * y.at(r, h);
+    }
+    double* sum = sums.row(0) + expert * e.expert_stride;
+    const std::int64_t matrix = hidden * width;
+    for (std::int64_t f = 0; f < width; ++f) {
+      double da = 0;
+      for (std::int64_t h = 0; h < hidden; ++h) {
+        da += dyr[h] * w(e.down(expert), h * width + f);
+        sum[2 * matrix + h * width + f] += dyr[h] * a[f];
+      }
+      const double s = 1 / (1 + std::exp(-g[f]));
+      du[f] = da * g[f] * s;
+      dg[f] = da * u[f] * s * (1 + g[f] * (1 - s));
+      for (std::int64_t h = 0; h < hidden; ++h) {
+        dx.at(r, h) +=
+            dg[f] * w(e.gate(expert), f * hidden + h) + du[f] * w(e.up(expert), f * hidden + h);
+        sum[f * hidden + h] += dg[f] * static_cast<double>(e.x.at(r, h));
+        sum[matrix + f * hidden + h] += du[f] * static_cast<double>(e.x.at(r, h));
+      }
+    }
+  }
+
+  std::int64_t hidden, width;
+  Matrix<double> y, dx, drow_weight, sums;
+};
+
+template <class T>
+class Ffn : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    if (std::is_same_v<T, bf16> && !cpu::bf16_is_native()) GTEST_SKIP() << "no native bf16";
+  }
+};
+using ComputeTypes = ::testing::Types<float, bf16, double>;
+TYPED_TEST_SUITE(Ffn, ComputeTypes);
+
+double largest(const Matrix<double>& matrix) {
+  double result = 0;
+  for (const double value : matrix.values) result = std::max(result, std::abs(value));
+  return result;
+}
+
+/// Errors of chained products stay within a few dozen roundings of the largest result.
+template <class T, class S>
+void check_near(const S* values, const Matrix<double>& expected, double scale, const char* what) {
+  const double tolerance = 24 * unit_roundoff<T>() * largest(expected) + 1e-13;
+  for (std::size_t i = 0; i < expected.values.size(); ++i) {
+    ASSERT_NEAR(static_cast<double>(values[i]) * scale, expected.values[i], tolerance)
+        << what << ", element " << i;
+  }
+}
+
+template <class T>
+void check_all(Experts<T>& experts, bool with_weights) {
+  Stream stream(2);
+  const Matrix<T> y_before = experts.y;
+  const Matrix<T> dx_before = experts.dx;
+  const Reference reference(experts, with_weights);
+  experts.forward(stream);
+  experts.backward(stream, with_weights);
+  // Rows outside the segments belong to nobody: forward and backward leave them alone.
+  Matrix<T> y = experts.y, dx = experts.dx;
+  Matrix<Acc<T>> drow_weight = experts.drow_weight;
+  std::vector<bool> used(static_cast<std::size_t>(experts.num_rows));
+  for (const Segment& s : experts.segments) {
+    std::fill_n(used.begin() + s.row_begin, s.rows, true);
+  }
+  for (std::int64_t r = 0; r < experts.num_rows; ++r) {
+    if (used[static_cast<std::size_t>(r)]) continue;
+    const std::int64_t hidden = experts.shape.hidden_size;
+    ASSERT_TRUE(same_bits(y.row(r), &y_before.at(r, 0), hidden)) << "row " << r;
+    ASSERT_TRUE(same_bits(dx.row(r), &dx_before.at(r, 0), hidden)) << "row " << r;
+    std::fill_n(y.row(r), hidden, T{}), std::fill_n(dx.row(r), hidden, T{});
+    drow_weight.at(0, r) = 0;
+  }
+  check_near<T>(y.values.data(), reference.y, 1, "y");
+  check_near<T>(dx.values.data(), reference.dx, 1, "dx");
+  if (with_weights) check_near<T>(drow_weight.values.data(), reference.drow_weight, 1, "dweight");
+  const auto plain = experts.template wgrad<Acc<T>>(stream);
+  check_near<T>(plain.data(), reference.sums, 1, "plain weight gradients");
+  if constexpr (!std::is_same_v<T, double>) {
+    BadLeafFlag flag{kNoBadLeaf};
+    const auto exact = experts.template wgrad<std::int64_t>(stream, &flag);
+    check_near<T>(exact.data(), reference.sums, 0x1p-50, "weight gradients");
+    EXPECT_EQ(flag, kNoBadLeaf);
+  }
+}
+
+TYPED_TEST(Ffn, AgreesWithDouble) {
+  // Odd places, empty segments, several micro-batches of one expert, an expert without rows.
+  Experts<TypeParam> experts(
+      {24, 40}, 4, {{0, 3, 1}, {0, 5, 33}, {1, 0, 0}, {1, 3, 64}, {1, 4, 7}, {3, 9, 31}}, 3);
+  check_all(experts, true);
+  Experts<TypeParam> odd({17, 19}, 1, {{0, 0, 5}});
+  check_all(odd, false);
+  Experts<TypeParam> nothing({16, 16}, 2, {{0, 0, 0}, {1, 0, 0}});
+  check_all(nothing, true);
+}
+
+TYPED_TEST(Ffn, TileEdges) {
+  for (const std::int64_t rows : {255, 256, 257}) {
+    Experts<TypeParam> experts({16, 8}, 1, {{0, 0, rows}});
+    check_all(experts, true);
+  }
+}
+
+/// One expert, several dW tiles: more than 512 rows of dW, and a tail.
+TYPED_TEST(Ffn, SeveralWeightTiles) {
+  if (std::is_same_v<TypeParam, double>) GTEST_SKIP() << "shape covered by the small cases";
+  Experts<TypeParam> experts({8, 700}, 1, {{0, 0, 40}, {0, 1, 3}});
+  check_all(experts, true);
+}
+
+TYPED_TEST(Ffn, ASegmentAloneHasTheBitsItHasAmongOthers) {
+  using T = TypeParam;
+  const FfnShape shape = std::is_same_v<T, double> ? FfnShape{32, 64} : FfnShape{512, 1024};
+  Stream one(1), two(2), three(3);
+  Experts<T> all(shape, 2, {{0, 0, 300}, {0, 1, 37}, {1, 0, 5}, {1, 1, 129}}, 1);
+  all.forward(two);
+  all.backward(two, true);
+  std::vector<Acc<T>> total(all.weights.values.size(), 0);
+  for (const Segment& segment : all.segments) {
+    Experts<T> alone(shape, 2, {{segment.local_expert_idx, segment.micro_batch, segment.rows}});
+    const std::int64_t count = segment.rows * shape.hidden_size;
+    std::copy_n(all.x.row(segment.row_begin), count, alone.x.row(0));
+    std::copy_n(all.dout.row(segment.row_begin), count, alone.dout.row(0));
+    std::copy_n(all.row_weight.row(0) + segment.row_begin, segment.rows, alone.row_weight.row(0));
+    alone.forward(one);
+    alone.backward(three, true);
+    EXPECT_TRUE(same_bits(alone.y.row(0), all.y.row(segment.row_begin), count));
+    EXPECT_TRUE(same_bits(alone.dx.row(0), all.dx.row(segment.row_begin), count));
+    EXPECT_TRUE(same_bits(alone.drow_weight.row(0), all.drow_weight.row(0) + segment.row_begin,
+                          segment.rows));
+  }
+}
+
+/// Leaves added segment by segment, in any order and on any number of threads, give the same sums.
+TEST(FfnWgrad, SumsDoNotDependOnOrderOrThreads) {
+  Stream one(1), two(2), three(3);
+  Experts<float> experts({96, 600}, 2,
+                         {{0, 0, 130}, {0, 1, 40}, {0, 7, 9}, {1, 0, 64}, {1, 2, 33}});
+  experts.forward(two);
+  experts.backward(two, true);
+  const auto expected = experts.wgrad<std::int64_t>(one);
+  EXPECT_EQ(experts.wgrad<std::int64_t>(two), expected);
+  EXPECT_EQ(experts.wgrad<std::int64_t>(three), expected);
+  const auto plain = experts.wgrad<float>(one);
+  EXPECT_TRUE(same_bits(experts.wgrad<float>(three), plain));
+  const std::vector<Segment> all = experts.segments;
+  std::vector<std::int64_t> total(expected.size());
+  for (const std::size_t i : {4, 1, 0, 3, 2}) {
+    experts.segments = {all[i]};
+    const auto part = experts.wgrad<std::int64_t>(two);
+    for (std::size_t j = 0; j < total.size(); ++j) total[j] += part[j];
+  }
+  EXPECT_EQ(total, expected);
+}
+
+TEST(FfnWgrad, ABadLeafNamesTensorAndMicroBatch) {
+  Stream stream(2);
+  Experts<float> experts({16, 16}, 2, {{0, 4, 3}, {1, 2, 3}, {1, 6, 3}});
+  experts.forward(stream);
+  experts.backward(stream, true);
+  experts.dgate_up.at(experts.segments[2].padded_begin, 20) = INFINITY;  // an up column
+  BadLeafFlag flag{kNoBadLeaf};
+  experts.wgrad<std::int64_t>(stream, &flag);
+  EXPECT_EQ(flag, bad_leaf_key(11 + 3, 6));
+  experts.dgate_up.at(experts.segments[1].padded_begin, 20) = 1e9F;  // finite, over the limit
+  flag = kNoBadLeaf;
+  experts.wgrad<std::int64_t>(stream, &flag);
+  EXPECT_EQ(flag, bad_leaf_key(11 + 3, 2));
+}
+
+TEST(FfnPrimitives, NothingIsBuiltLate) {
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    if (dtype == DType::bf16 && !cpu::bf16_is_native()) continue;
+    Stream stream(2);
+    const FfnShape shape{32, 48};
+    const std::int64_t most = 290;
+    build_primitives(stream, ffn_gemm_shapes(shape, dtype, most, true));
+    dispatch_compute(dtype, [&]<class T>() {
+      if constexpr (!std::is_same_v<T, double>) {
+        for (std::int64_t rows = 1; rows <= most; ++rows) {
+          Experts<T> experts(shape, 2, {{0, 0, rows}, {1, 0, most + 1 - rows}});
+          experts.forward(stream);
+          experts.backward(stream, true);
+          experts.template wgrad<std::int64_t>(stream);
+          experts.template wgrad<float>(stream);
+        }
+      }
+    });
+    EXPECT_EQ(late_primitives(stream), 0) << name_of(dtype);
+  }
+}
+
+}  // namespace
+}  // namespace arcus
