@@ -157,7 +157,7 @@ class DomainWriter {
     std::int64_t document_bytes;  ///< of the document that ends with this part; else -1
   };
   static constexpr std::size_t kPartBytes = std::size_t{1} << 18;
-  static constexpr std::size_t kBatchBytes = std::size_t{1} << 23;
+  static constexpr std::size_t kBatchBytes = std::size_t{1} << 22;
   static constexpr std::size_t kBatchParts = 4096;
   static constexpr const char* kChanged = "{} changed while it was being read; prepare again";
 

@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <charconv>
 #include <unordered_map>
+#include <unordered_set>
+#include <utility>
 
 #include "src/base/error.hpp"
 #include "src/data/utf8.hpp"
@@ -13,6 +15,7 @@
 namespace arcus {
 namespace {
 
+constexpr std::int64_t kNumSpecialPieces = 258;      // 256 bytes, unknown, end of document
 constexpr std::string_view kBlank = "\xE2\x96\x81";  // U+2581, how SentencePiece writes a blank
 
 absl::string_view view(std::string_view text) { return {text.data(), text.size()}; }
@@ -67,6 +70,65 @@ class SpecialFinder {
   bool first_ = true;
   std::size_t invalid_ = 0, nul_ = 0, blank_ = 0;
 };
+
+/// Calls `fn` for the characters of valid UTF-8, in order.
+template <class Fn>
+void for_each_character(std::string_view text, const Fn& fn) {
+  for (std::size_t at = 0; at < text.size();) {
+    std::size_t end = at + 1;
+    while (end < text.size() && (static_cast<unsigned char>(text[end]) & 0xC0) == 0x80) ++end;
+    fn(text.substr(at, end - at));
+    at = end;
+  }
+}
+
+/// The commonest characters: enough to cover `coverage` of the text, but no more than leave half of
+/// the learned pieces for longer ones, so that a script of many characters cannot fill a small
+/// vocabulary.
+std::unordered_set<std::string_view> common_characters(const std::vector<std::string>& lines,
+                                                       const SpmTrainOptions& options) {
+  std::unordered_map<std::string_view, std::int64_t> counts;
+  std::int64_t total = 0;
+  for (const std::string& line : lines) {
+    for_each_character(line, [&](std::string_view character) {
+      ++counts[character];
+      ++total;
+    });
+  }
+  std::vector<std::pair<std::int64_t, std::string_view>> by_count;
+  for (const auto& [character, count] : counts) by_count.emplace_back(-count, character);
+  std::sort(by_count.begin(), by_count.end());
+  const auto affordable = static_cast<std::size_t>((options.vocab_size - kNumSpecialPieces) / 2);
+  const double enough = options.character_coverage * static_cast<double>(total);
+  std::unordered_set<std::string_view> common;
+  std::int64_t covered = 0;
+  for (const auto& [negative_count, character] : by_count) {
+    if (common.size() >= affordable || static_cast<double>(covered) >= enough) break;
+    common.insert(character);
+    covered -= negative_count;
+  }
+  return common;
+}
+
+/// The lines, split where a rare character is left out. (The library's own character_coverage
+/// accepts no less than 0.98 and does not look at the vocabulary's size.)
+std::vector<std::string> without_rare_characters(const std::vector<std::string>& lines,
+                                                 const SpmTrainOptions& options) {
+  const auto common = common_characters(lines, options);
+  std::vector<std::string> result;
+  for (const std::string& line : lines) {
+    std::string part;
+    for_each_character(line, [&](std::string_view character) {
+      if (common.contains(character)) {
+        part += character;
+      } else if (!part.empty()) {
+        result.push_back(std::exchange(part, {}));
+      }
+    });
+    if (!part.empty()) result.push_back(std::move(part));
+  }
+  return result;
+}
 
 class LineIterator final : public sentencepiece::SentenceIterator {
  public:
@@ -179,14 +241,16 @@ std::int64_t SpmTokenizer::token_bytes(std::int32_t id) const {
 }
 
 std::string train_spm(const std::vector<std::string>& lines, const SpmTrainOptions& options) {
-  ARCUS_REQUIRE(options.vocab_size > 258 && options.vocab_size <= (1 << 20), ExitCode::usage,
+  ARCUS_REQUIRE(options.vocab_size > kNumSpecialPieces && options.vocab_size <= (1 << 20),
+                ExitCode::usage,
                 "a SentencePiece vocabulary of {} pieces is impossible: it holds 256 bytes, two "
                 "special pieces and the learned ones, at most 2^20; try spm:8192",
                 options.vocab_size);
+  const std::vector<std::string> common = without_rare_characters(lines, options);
   const std::unordered_map<std::string, std::string> arguments{
       {"model_type", "bpe"},
       {"vocab_size", std::to_string(options.vocab_size)},
-      {"character_coverage", fmt::format("{}", options.character_coverage)},
+      {"character_coverage", "1.0"},
       {"byte_fallback", "true"},
       {"split_digits", "true"},
       {"allow_whitespace_only_pieces", "true"},  // indentation
@@ -200,13 +264,13 @@ std::string train_spm(const std::vector<std::string>& lines, const SpmTrainOptio
       {"pad_id", "-1"},
       {"num_threads", "1"},
       {"minloglevel", "2"}};
-  LineIterator iterator(lines);
+  LineIterator iterator(common);
   std::string model;
   const auto status = sentencepiece::SentencePieceTrainer::Train(arguments, &iterator, &model);
   ARCUS_REQUIRE(status.ok(), ExitCode::data,
                 "the text does not yield a SentencePiece vocabulary of {} pieces ({}); give more "
-                "text, a vocabulary of another size, or a lower character coverage (now {})",
-                options.vocab_size, status.ToString(), options.character_coverage);
+                "text or a vocabulary of another size",
+                options.vocab_size, status.ToString());
   return model;
 }
 

@@ -46,7 +46,7 @@ std::size_t encode_cut(std::string_view text, std::size_t target);
 
 struct SpmTrainOptions {
   std::int64_t vocab_size = 0;
-  double character_coverage = 0.9995;  ///< rarer characters are spelled in bytes
+  double character_coverage = 0.9995;  ///< at most; rarer characters are spelled in bytes
 };
 
 /// Trains a SentencePiece BPE model on `lines` (each at most kMaxSpmLine bytes, with its line end)

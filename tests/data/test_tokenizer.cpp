@@ -152,6 +152,19 @@ TEST(SpmTokenizer, LearnsPiecesAndSplitsDigits) {
   }
 }
 
+TEST(SpmTokenizer, ManyCharactersLeaveRoomForLongerPieces) {
+  std::string text = plain_text(14, 30000);
+  for (char32_t c = 0x4E00; c < 0x5E00; ++c) testing::append_utf8(c, text);
+  const auto t = load_tokenizer("spm", train_spm(lines_of(text), {600}));
+  std::int64_t words = 0;
+  for (std::int32_t id = 0; id < t->vocab_size(); ++id) {
+    const std::string piece = t->decode({id});
+    words += piece.size() > 1 && static_cast<unsigned char>(piece[0]) < 0x80 ? 1 : 0;
+  }
+  EXPECT_GT(words, 60);
+  EXPECT_EQ(t->decode(encode(*t, text)), text);
+}
+
 TEST(SpmTokenizer, TrainsTheSameModelTwice) {
   const auto lines = lines_of(plain_text(12, 20000));
   EXPECT_EQ(train_spm(lines, {300}), train_spm(lines, {300}));
