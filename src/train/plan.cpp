@@ -1,0 +1,135 @@
+#include "src/train/plan.hpp"
+
+#include <algorithm>
+
+namespace arcus {
+namespace {
+
+/// A rank of a world that does not exist: knows its place, refuses to communicate.
+class PlannedCommunicator final : public Communicator {
+ public:
+  PlannedCommunicator(int rank, int size) : Communicator(rank, size, {}) {}
+  [[noreturn]] void abort(ExitCode code, std::string_view message) override {
+    ARCUS_FAIL(code, "{}", message);
+  }
+
+ private:
+  [[noreturn]] static void refuse() {
+    ARCUS_FAIL(ExitCode::internal, "a plan does not communicate");
+  }
+  Event do_all_to_all_v(const AllToAllV&) override { refuse(); }
+  Event do_all_reduce(const AllReduce&) override { refuse(); }
+  Event do_all_gather_v(const AllGatherV&) override { refuse(); }
+  Event do_reduce_scatter_v(const ReduceScatterV&) override { refuse(); }
+  Event do_broadcast(const Broadcast&) override { refuse(); }
+  void do_barrier() override { refuse(); }
+  std::unique_ptr<Communicator> do_split(int, int) override { refuse(); }
+};
+
+void add_advice(const TrainerOptions& options, TrainPlan& plan) {
+  if (plan.rows_per_segment < 256) {
+    plan.advice.push_back(fmt::format(
+        "an expert gets about {} rows of a micro-batch; matrix products and order-independent sums "
+        "are efficient from 256: raise train.micro_batch_seqs (now {})",
+        plan.rows_per_segment, options.train.micro_batch_seqs));
+  }
+  if (plan.micro_batches % plan.num_ranks != 0) {
+    plan.advice.push_back(fmt::format(
+        "{} micro-batches on {} ranks leave {} idle in the last round of a step; "
+        "train.global_batch_seqs = {} would not",
+        plan.micro_batches, plan.num_ranks,
+        plan.rounds * plan.num_ranks - plan.micro_batches,
+        plan.rounds * plan.num_ranks * options.train.micro_batch_seqs));
+  }
+}
+
+}  // namespace
+
+std::string grouped_digits(std::int64_t value) {
+  std::string digits = std::to_string(value);
+  for (auto at = static_cast<std::ptrdiff_t>(digits.size()) - 3; at > (value < 0 ? 1 : 0); at -= 3) {
+    digits.insert(static_cast<std::size_t>(at), ",");
+  }
+  return digits;
+}
+
+std::string bytes_text(std::int64_t bytes) {
+  const char* const units[] = {"B", "KiB", "MiB", "GiB", "TiB"};
+  auto value = static_cast<double>(bytes);
+  std::size_t unit = 0;
+  while (value >= 1024 && unit + 1 < std::size(units)) {
+    value /= 1024;
+    ++unit;
+  }
+  return unit == 0 ? fmt::format("{} B", bytes) : fmt::format("{:.1f} {}", value, units[unit]);
+}
+
+TrainPlan make_plan(const TrainerOptions& options, int num_ranks, std::int64_t ep_size,
+                    int threads_per_rank) {
+  TrainPlan plan;
+  plan.num_ranks = num_ranks;
+  plan.ep_size = resolve_ep_size(ep_size, num_ranks, options.model.num_experts);
+  plan.threads_per_rank = threads_per_rank;
+  PlannedCommunicator world(0, num_ranks);
+  ProcessGroups groups{&world, std::make_unique<PlannedCommunicator>(0, plan.ep_size),
+                       std::make_unique<PlannedCommunicator>(0, num_ranks / plan.ep_size)};
+  Stream stream(1);
+  ModelInstance instance(std::move(groups), stream, instance_options(options));
+  const Optimizer optimizer(instance, options.train);
+
+  plan.total_parameters = instance.registry().total_parameters();
+  plan.active_parameters = instance.registry().active_parameters(options.model.topk);
+  const ExpertPartition experts(options.model.num_experts, plan.ep_size);
+  for (int r = 0; r < plan.ep_size; ++r) plan.experts_per_rank.push_back(experts.count(r));
+  plan.tokens_per_step = options.train.global_batch_seqs * options.train.seq_len;
+  plan.micro_batches = options.train.global_batch_seqs / options.train.micro_batch_seqs;
+  plan.rounds = MicroBatchSchedule{plan.micro_batches, num_ranks}.rounds();
+  plan.micro_batch_tokens = instance.micro_batch_tokens();
+  plan.rows_per_segment =
+      plan.micro_batch_tokens * options.model.topk / options.model.num_experts;
+  plan.capacity = expert_capacity(options.routing.capacity_factor, options.routing.min_capacity,
+                                  options.model.topk, plan.micro_batch_tokens,
+                                  options.model.num_experts);
+  plan.training_flops_per_token =
+      instance.transformer().training_flops_per_token(options.train.seq_len);
+  plan.bytes = instance.byte_rows();
+  plan.bytes.insert(plan.bytes.begin() + 2,
+                    {"optimizer (moments, master, gradients)", optimizer.bytes(),
+                     optimizer.bytes()});
+  add_advice(options, plan);
+  return plan;
+}
+
+std::string to_text(const TrainPlan& plan) {
+  const auto [least, most] =
+      std::minmax_element(plan.experts_per_rank.begin(), plan.experts_per_rank.end());
+  std::string text = fmt::format(
+      "parameters   {} total, {} active per token, {:.1f} MFLOP per token and step\n"
+      "ranks        {} = EP {} x EDP {}, {} experts per rank, {} thread{} each\n"
+      "step         {} tokens in {} micro-batches of {}, {} round{}\n"
+      "segments     {} rows per expert and micro-batch when even, {}\n",
+      grouped_digits(plan.total_parameters), grouped_digits(plan.active_parameters),
+      plan.training_flops_per_token / 1e6, plan.num_ranks, plan.ep_size,
+      plan.num_ranks / plan.ep_size,
+      *least == *most ? std::to_string(*most) : fmt::format("{} or {}", *least, *most),
+      plan.threads_per_rank, plan.threads_per_rank == 1 ? "" : "s",
+      grouped_digits(plan.tokens_per_step), plan.micro_batches,
+      grouped_digits(plan.micro_batch_tokens), plan.rounds, plan.rounds == 1 ? "" : "s",
+      grouped_digits(plan.rows_per_segment),
+      plan.capacity == 0 ? "dropless"
+                         : fmt::format("at most {}", grouped_digits(plan.capacity)));
+  text += fmt::format("\n{:<40} {:>12} {:>12}\n", "memory of a rank", "even load", "worst case");
+  std::int64_t even = 0;
+  std::int64_t worst = 0;
+  for (const ByteRow& row : plan.bytes) {
+    text += fmt::format("{:<40} {:>12} {:>12}\n", row.purpose, bytes_text(row.balanced),
+                        bytes_text(row.worst));
+    even += row.balanced;
+    worst += row.worst;
+  }
+  text += fmt::format("{:<40} {:>12} {:>12}\n", "sum", bytes_text(even), bytes_text(worst));
+  for (const std::string& sentence : plan.advice) text += fmt::format("note: {}\n", sentence);
+  return text;
+}
+
+}  // namespace arcus

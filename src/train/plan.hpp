@@ -1,0 +1,37 @@
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "src/train/trainer.hpp"
+
+namespace arcus {
+
+/// What a run will be like on a number of ranks, worked out without starting any.
+struct TrainPlan {
+  int num_ranks = 1;
+  int ep_size = 1;
+  int threads_per_rank = 1;
+  std::int64_t total_parameters = 0, active_parameters = 0;
+  std::vector<std::int64_t> experts_per_rank;   ///< of the EP group's ranks
+  std::int64_t tokens_per_step = 0;
+  std::int64_t micro_batches = 0, rounds = 0;
+  std::int64_t micro_batch_tokens = 0;
+  std::int64_t rows_per_segment = 0;            ///< T K / E: evenly loaded experts
+  std::int64_t capacity = 0;                    ///< rows per (expert, micro-batch); 0 = dropless
+  double training_flops_per_token = 0;
+  std::vector<ByteRow> bytes;                   ///< of rank 0
+  std::vector<std::string> advice;              ///< sentences; what could be better
+};
+
+/// `ep_size` 0 = auto. Throws (usage) where the layout is impossible.
+TrainPlan make_plan(const TrainerOptions& options, int num_ranks, std::int64_t ep_size,
+                    int threads_per_rank);
+/// A few lines and the byte table.
+std::string to_text(const TrainPlan& plan);
+
+/// "1,234,567" and "1.5 GiB", for people.
+std::string grouped_digits(std::int64_t value);
+std::string bytes_text(std::int64_t bytes);
+
+}  // namespace arcus

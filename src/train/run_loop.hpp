@@ -1,0 +1,44 @@
+#pragma once
+
+#include <filesystem>
+#include <functional>
+
+#include "src/train/evaluation.hpp"
+#include "src/train/trainer.hpp"
+
+namespace arcus {
+
+/// What a run does besides training steps.
+struct RunOptions {
+  EvalConfig eval;
+  CheckpointConfig checkpoint;
+  double max_minutes = 0;                ///< wall-clock limit, 0 = none
+  std::int64_t max_bad_steps = 10;       ///< non-finite steps in a row before the run ends
+  std::int64_t trace_routing_every = 0;  ///< 0 = never
+  std::filesystem::path run_dir;         ///< metrics.jsonl and traces go there
+};
+
+/// Calls back into the program that runs the trainer.
+struct RunHooks {
+  /// Saves a checkpoint; collective. An Error from a save that is not the last one is a warning: the
+  /// run goes on and the previous checkpoint stands.
+  std::function<void()> save;
+  /// True once a signal has asked this rank to stop.
+  std::function<bool()> stop_requested;
+  std::function<void(const StepMetrics&)> on_step;  ///< on every rank
+  std::function<void(const EvalMetrics&)> on_eval;  ///< on every rank
+};
+
+enum class RunEnd {
+  finished,   ///< all steps done
+  time_up,    ///< max_minutes reached; resuming goes on
+  stopped,    ///< a signal; resuming goes on
+  diverged,   ///< max_bad_steps non-finite steps in a row
+};
+
+/// Steps until the end, with evaluations, checkpoints and metrics.jsonl (written by rank 0). However
+/// the run ends, everything is saved. Collective.
+RunEnd run_training(Trainer& trainer, const BatchSampler& sampler, const TokenDataset& dataset,
+                    const DataConfig& data, const RunOptions& options, const RunHooks& hooks);
+
+}  // namespace arcus
