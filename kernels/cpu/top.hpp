@@ -1,5 +1,7 @@
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <limits>
 
@@ -11,30 +13,54 @@ inline A ordered(A value) {
   return value == value ? value : -std::numeric_limits<A>::infinity();
 }
 
+/// The largest values of a scan in ascending index order, descending, equal ones in index order.
+template <class A>
+class Largest {
+ public:
+  static constexpr int kMost = 32;
+  explicit Largest(int count) : count_(count) {}
+
+  void offer(A value, std::int64_t i) {
+    if (size_ == count_ && !(value > value_[size_ - 1])) return;
+    int at = size_ < count_ ? size_++ : size_ - 1;
+    for (; at > 0 && value > value_[at - 1]; --at) {
+      value_[at] = value_[at - 1];
+      index_[at] = index_[at - 1];
+    }
+    value_[at] = value;
+    index_[at] = i;
+  }
+  int size() const { return size_; }
+  A value(int rank) const { return value_[rank]; }
+  std::int64_t index(int rank) const { return index_[rank]; }
+
+ private:
+  int count_;
+  int size_ = 0;
+  std::array<A, kMost> value_;
+  std::array<std::int64_t, kMost> index_;
+};
+
 /// Calls take(rank, i) for the `count` largest value(i) among 0 <= i < n with allowed(i), in
-/// descending order, ties to the lower i (-0 = +0). Each round looks for what comes behind the last
-/// one taken, so nothing is marked or moved.
+/// descending order, ties to the lower i (-0 = +0). At least `count` must be allowed. One pass
+/// finds up to 32; the next looks at what comes behind them.
 template <class Value, class Allowed, class Take>
 inline void select_largest(std::int64_t n, std::int64_t count, Value&& value, Allowed&& allowed,
                            Take&& take) {
   using A = decltype(ordered(value(std::int64_t{0})));
   A last = std::numeric_limits<A>::infinity();
   std::int64_t last_i = -1;
-  for (std::int64_t rank = 0; rank < count; ++rank) {
-    A best = -std::numeric_limits<A>::infinity();
-    std::int64_t best_i = -1;
+  for (std::int64_t rank = 0; rank < count;) {
+    Largest<A> largest(static_cast<int>(std::min<std::int64_t>(count - rank, Largest<A>::kMost)));
     for (std::int64_t i = 0; i < n; ++i) {
-      if (!allowed(i)) continue;
       const A v = ordered(value(i));
       const bool behind_last = v < last || (v == last && i > last_i);
-      if (behind_last && (best_i < 0 || v > best)) {
-        best = v;
-        best_i = i;
-      }
+      if (behind_last && allowed(i)) largest.offer(v, i);
     }
-    take(rank, best_i);
-    last = best;
-    last_i = best_i;
+    for (int k = 0; k < largest.size(); ++k) take(rank + k, largest.index(k));
+    rank += largest.size();
+    last = largest.value(largest.size() - 1);
+    last_i = largest.index(largest.size() - 1);
   }
 }
 

@@ -212,7 +212,9 @@ TEST(SelectTopk, MatchesASortOverHundredsOfCases) {
     Selection how;
     how.n_group = 1 + draw(seed, 1, 4);
     how.group_score = draw(seed, 2, 2) == 0 ? GroupScore::max : GroupScore::top2_sum;
-    const std::int64_t width = 2 + draw(seed, 3, 5) - (how.group_score == GroupScore::max ? 1 : 0);
+    // Every ninth case chooses more than one pass of the selection finds.
+    const std::int64_t width =
+        (seed % 9 == 0 ? 30 : 2) + draw(seed, 3, 5) - (how.group_score == GroupScore::max ? 1 : 0);
     const std::int64_t experts = how.n_group * width;
     how.topk_group = 1 + draw(seed, 4, how.n_group);
     const std::int64_t most = how.n_group > 1 ? how.topk_group * width : experts;
