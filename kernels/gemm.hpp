@@ -49,10 +49,10 @@ inline constexpr std::int64_t kWgradRowPadding = 32;
 inline std::int64_t padded_rows(std::int64_t rows) {
   return (rows + kWgradRowPadding - 1) / kWgradRowPadding * kWgradRowPadding;
 }
-/// Rows of a dW tile, part of the definition of a leaf: 512, fewer where `in` is so large that the
-/// tile would leave the second-level cache.
+/// Rows of a dW tile, part of the definition of a leaf: 256, fewer where `in` is so large that the
+/// tile (f32 leaf and integer sum) would leave the second-level cache.
 inline std::int64_t wgrad_tile_rows(std::int64_t in) {
-  std::int64_t rows = 512;
+  std::int64_t rows = 256;
   while (rows > 64 && rows * in > (std::int64_t{1} << 19)) rows /= 2;
   return rows;
 }

@@ -265,7 +265,7 @@ TYPED_TEST(Ffn, TileEdges) {
   }
 }
 
-/// One expert, several dW tiles: more than 512 rows of dW, and a tail.
+/// One expert, several dW tiles: more than 256 rows of dW, and a tail.
 TYPED_TEST(Ffn, SeveralWeightTiles) {
   if (std::is_same_v<TypeParam, double>) GTEST_SKIP() << "shape covered by the small cases";
   Experts<TypeParam> experts({8, 700}, 1, {{0, 0, 40}, {0, 1, 3}});

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "kernels/cpu/gemm_cache.hpp"
+#include "kernels/peak.hpp"
 #include "tests/kernels/gemm_support.hpp"
 
 namespace arcus {
@@ -367,6 +368,12 @@ TEST(GemmCache, Bf16NeedsAProcessorThatHasIt) {
     EXPECT_EQ(error.code(), ExitCode::usage);
     EXPECT_NE(std::string(error.what()).find("train.dtype"), std::string::npos);
   }
+}
+
+TEST(Peak, IsMeasured) {
+  Stream stream(2);
+  EXPECT_GT(measure_gemm_peak(stream, DType::f32), 0);
+  EXPECT_GT(measure_triad(stream), 0);
 }
 
 TEST(Stream, NeedsAThread) { EXPECT_THROW(Stream(0), Error); }
