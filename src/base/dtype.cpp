@@ -29,8 +29,10 @@ DType dtype_from_name(std::string_view name) {
   for (const Row& row : kRows) {
     if (row.name == name) return row.dtype;
   }
-  ARCUS_FAIL(ExitCode::usage, "unknown element type \"{}\"; known: f32, f64, bf16, i32, i64, u8, "
-             "u16, u32, u64", name);
+  ARCUS_FAIL(ExitCode::usage,
+             "unknown element type \"{}\"; known: f32, f64, bf16, i32, i64, u8, "
+             "u16, u32, u64",
+             name);
 }
 
 }  // namespace arcus

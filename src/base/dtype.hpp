@@ -26,9 +26,7 @@ struct bf16 {
     return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
   }
   explicit operator double() const { return static_cast<double>(static_cast<float>(*this)); }
-  friend bool operator==(bf16 a, bf16 b) {
-    return static_cast<float>(a) == static_cast<float>(b);
-  }
+  friend bool operator==(bf16 a, bf16 b) { return static_cast<float>(a) == static_cast<float>(b); }
 };
 
 /// Element types of tensors in memory and on disk.
@@ -42,23 +40,41 @@ DType dtype_from_name(std::string_view name);
 template <class T>
 constexpr DType dtype_of();
 template <>
-constexpr DType dtype_of<float>() { return DType::f32; }
+constexpr DType dtype_of<float>() {
+  return DType::f32;
+}
 template <>
-constexpr DType dtype_of<double>() { return DType::f64; }
+constexpr DType dtype_of<double>() {
+  return DType::f64;
+}
 template <>
-constexpr DType dtype_of<bf16>() { return DType::bf16; }
+constexpr DType dtype_of<bf16>() {
+  return DType::bf16;
+}
 template <>
-constexpr DType dtype_of<std::int32_t>() { return DType::i32; }
+constexpr DType dtype_of<std::int32_t>() {
+  return DType::i32;
+}
 template <>
-constexpr DType dtype_of<std::int64_t>() { return DType::i64; }
+constexpr DType dtype_of<std::int64_t>() {
+  return DType::i64;
+}
 template <>
-constexpr DType dtype_of<std::uint8_t>() { return DType::u8; }
+constexpr DType dtype_of<std::uint8_t>() {
+  return DType::u8;
+}
 template <>
-constexpr DType dtype_of<std::uint16_t>() { return DType::u16; }
+constexpr DType dtype_of<std::uint16_t>() {
+  return DType::u16;
+}
 template <>
-constexpr DType dtype_of<std::uint32_t>() { return DType::u32; }
+constexpr DType dtype_of<std::uint32_t>() {
+  return DType::u32;
+}
 template <>
-constexpr DType dtype_of<std::uint64_t>() { return DType::u64; }
+constexpr DType dtype_of<std::uint64_t>() {
+  return DType::u64;
+}
 
 /// The type in which sums, norms, gate values and statistics of a compute type are kept:
 /// double for double (gradient checks), float for float and bf16.
@@ -82,10 +98,14 @@ using Acc = typename AccumulateType<T>::type;
 template <class Fn>
 decltype(auto) dispatch_compute(DType dtype, Fn&& fn) {
   switch (dtype) {
-    case DType::f32: return fn.template operator()<float>();
-    case DType::f64: return fn.template operator()<double>();
-    case DType::bf16: return fn.template operator()<bf16>();
-    default: ARCUS_FAIL(ExitCode::internal, "{} is no compute type", name_of(dtype));
+    case DType::f32:
+      return fn.template operator()<float>();
+    case DType::f64:
+      return fn.template operator()<double>();
+    case DType::bf16:
+      return fn.template operator()<bf16>();
+    default:
+      ARCUS_FAIL(ExitCode::internal, "{} is no compute type", name_of(dtype));
   }
 }
 
@@ -93,9 +113,12 @@ decltype(auto) dispatch_compute(DType dtype, Fn&& fn) {
 template <class Fn>
 decltype(auto) dispatch_accumulate(DType dtype, Fn&& fn) {
   switch (dtype) {
-    case DType::f32: return fn.template operator()<float>();
-    case DType::f64: return fn.template operator()<double>();
-    default: ARCUS_FAIL(ExitCode::internal, "{} is no accumulate type", name_of(dtype));
+    case DType::f32:
+      return fn.template operator()<float>();
+    case DType::f64:
+      return fn.template operator()<double>();
+    default:
+      ARCUS_FAIL(ExitCode::internal, "{} is no accumulate type", name_of(dtype));
   }
 }
 

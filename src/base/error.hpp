@@ -42,8 +42,8 @@ class Error : public std::runtime_error {
   throw ::arcus::Error((exit_code), ::fmt::format(__VA_ARGS__), __FILE__, __LINE__)
 
 /// Checks what a user or the outside world may get wrong; always on.
-#define ARCUS_REQUIRE(condition, exit_code, ...)           \
-  do {                                                     \
+#define ARCUS_REQUIRE(condition, exit_code, ...)            \
+  do {                                                      \
     if (!(condition)) ARCUS_FAIL((exit_code), __VA_ARGS__); \
   } while (false)
 

@@ -33,30 +33,38 @@ std::string error_stack() {
 void quiet() { H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr); }
 
 // `expression` is an HDF5 call whose negative result means failure.
-#define ARCUS_H5(code, expression, ...)                                             \
-  [&] {                                                                             \
-    const auto arcus_h5_result = (expression);                                      \
-    if (arcus_h5_result < 0) {                                                      \
-      ARCUS_FAIL((code), "{}: {} failed ({})", ::fmt::format(__VA_ARGS__),          \
-                 std::string_view(#expression).substr(                              \
-                     0, std::string_view(#expression).find('(')),                   \
-                 error_stack());                                                    \
-    }                                                                               \
-    return arcus_h5_result;                                                         \
+#define ARCUS_H5(code, expression, ...)                                                            \
+  [&] {                                                                                            \
+    const auto arcus_h5_result = (expression);                                                     \
+    if (arcus_h5_result < 0) {                                                                     \
+      ARCUS_FAIL((code), "{}: {} failed ({})", ::fmt::format(__VA_ARGS__),                         \
+                 std::string_view(#expression).substr(0, std::string_view(#expression).find('(')), \
+                 error_stack());                                                                   \
+    }                                                                                              \
+    return arcus_h5_result;                                                                        \
   }()
 
 /// bf16 has no HDF5 type: stored as u16 with the attribute "dtype" = "bf16" on the dataset.
 hid_t native_type(DType dtype) {
   switch (dtype) {
-    case DType::f32: return H5T_IEEE_F32LE;
-    case DType::f64: return H5T_IEEE_F64LE;
-    case DType::bf16: return H5T_STD_U16LE;
-    case DType::i32: return H5T_STD_I32LE;
-    case DType::i64: return H5T_STD_I64LE;
-    case DType::u8: return H5T_STD_U8LE;
-    case DType::u16: return H5T_STD_U16LE;
-    case DType::u32: return H5T_STD_U32LE;
-    case DType::u64: return H5T_STD_U64LE;
+    case DType::f32:
+      return H5T_IEEE_F32LE;
+    case DType::f64:
+      return H5T_IEEE_F64LE;
+    case DType::bf16:
+      return H5T_STD_U16LE;
+    case DType::i32:
+      return H5T_STD_I32LE;
+    case DType::i64:
+      return H5T_STD_I64LE;
+    case DType::u8:
+      return H5T_STD_U8LE;
+    case DType::u16:
+      return H5T_STD_U16LE;
+    case DType::u32:
+      return H5T_STD_U32LE;
+    case DType::u64:
+      return H5T_STD_U64LE;
   }
   return -1;
 }
@@ -66,7 +74,8 @@ std::vector<hsize_t> dims_of(const Shape& shape) { return {shape.begin(), shape.
 Handle make_space(const Shape& shape, ExitCode code) {
   if (shape.empty()) return Handle(ARCUS_H5(code, H5Screate(H5S_SCALAR), "scalar"));
   const auto dims = dims_of(shape);
-  return Handle(ARCUS_H5(code, H5Screate_simple(static_cast<int>(dims.size()), dims.data(), nullptr),
+  return Handle(ARCUS_H5(code,
+                         H5Screate_simple(static_cast<int>(dims.size()), dims.data(), nullptr),
                          "dataspace of {} dimensions", dims.size()));
 }
 
@@ -81,8 +90,9 @@ void mark_bf16(hid_t dataset, DType dtype, ExitCode code) {
   const Handle space(ARCUS_H5(code, H5Screate(H5S_SCALAR), "attribute"));
   const Handle type(ARCUS_H5(code, H5Tcopy(H5T_C_S1), "attribute"));
   ARCUS_H5(code, H5Tset_size(type.id(), 4), "attribute");
-  const Handle attribute(ARCUS_H5(
-      code, H5Acreate2(dataset, "dtype", type.id(), space.id(), H5P_DEFAULT, H5P_DEFAULT), "dtype"));
+  const Handle attribute(
+      ARCUS_H5(code, H5Acreate2(dataset, "dtype", type.id(), space.id(), H5P_DEFAULT, H5P_DEFAULT),
+               "dtype"));
   ARCUS_H5(code, H5Awrite(attribute.id(), type.id(), "bf16"), "dtype");
 }
 
@@ -107,7 +117,7 @@ std::string open_failure(const WriteStatus& status) {
 }
 
 Handle make_dataset(hid_t file, const std::string& name, DType dtype, hid_t space, hid_t properties,
-              ExitCode code) {
+                    ExitCode code) {
   const Handle links = link_properties(code);
   Handle dataset(ARCUS_H5(code,
                           H5Dcreate2(file, name.c_str(), native_type(dtype), space, links.id(),
@@ -129,10 +139,7 @@ Handle::~Handle() {
 
 Dataset::Dataset(Handle handle, std::string name, ExitCode code,
                  std::shared_ptr<const WriteStatus> status)
-    : handle_(std::move(handle)),
-      name_(std::move(name)),
-      code_(code),
-      status_(std::move(status)) {
+    : handle_(std::move(handle)), name_(std::move(name)), code_(code), status_(std::move(status)) {
   const Handle space(ARCUS_H5(code_, H5Dget_space(handle_.id()), "{}", name_));
   const int rank = ARCUS_H5(code_, H5Sget_simple_extent_ndims(space.id()), "{}", name_);
   std::vector<hsize_t> dims(static_cast<std::size_t>(rank));
@@ -180,10 +187,10 @@ void Dataset::transfer(std::int64_t begin, std::int64_t count, void* data, bool 
              "writing dataset {} (is the disk full?)", name_);
     require_no_error(status_.get(), name_, code_);
   } else {
-    ARCUS_H5(code_,
-             H5Dread(handle_.id(), native_type(dtype_), memory.id(), file_space.id(), H5P_DEFAULT,
-                     data),
-             "reading dataset {}", name_);
+    ARCUS_H5(
+        code_,
+        H5Dread(handle_.id(), native_type(dtype_), memory.id(), file_space.id(), H5P_DEFAULT, data),
+        "reading dataset {}", name_);
   }
 }
 
@@ -197,10 +204,7 @@ void Dataset::read_all(void* out) const { transfer(0, shape_.empty() ? 1 : shape
 
 File::File(Handle handle, std::filesystem::path path, ExitCode code,
            std::shared_ptr<WriteStatus> status)
-    : handle_(std::move(handle)),
-      path_(std::move(path)),
-      code_(code),
-      status_(std::move(status)) {}
+    : handle_(std::move(handle)), path_(std::move(path)), code_(code), status_(std::move(status)) {}
 
 void File::require_written() const { require_no_error(status_.get(), path_.string(), code_); }
 
@@ -254,8 +258,9 @@ Dataset File::create_growing_dataset(const std::string& name, DType dtype, const
   for (const std::int64_t extent : row_shape) {
     for (auto* list : {&dims, &limit, &chunk}) list->push_back(static_cast<hsize_t>(extent));
   }
-  const Handle space(ARCUS_H5(
-      code_, H5Screate_simple(static_cast<int>(dims.size()), dims.data(), limit.data()), "{}", name));
+  const Handle space(
+      ARCUS_H5(code_, H5Screate_simple(static_cast<int>(dims.size()), dims.data(), limit.data()),
+               "{}", name));
   const Handle properties(ARCUS_H5(code_, H5Pcreate(H5P_DATASET_CREATE), "{}", name));
   ARCUS_H5(code_, H5Pset_chunk(properties.id(), static_cast<int>(chunk.size()), chunk.data()), "{}",
            name);
@@ -283,9 +288,11 @@ void File::create_virtual_dataset(const std::string& name, DType dtype, const Sh
   const std::int64_t cols = shape.size() < 2 ? 1 : shape.back();
   // Rows are counted over all but the last dimension, so a range of rows is a list of boxes.
   const auto rank = shape.size();
-  const std::int64_t inner = rank < 3 ? 1 : std::accumulate(shape.begin() + 1, shape.end() - 1,
-                                                            std::int64_t{1}, std::multiplies<>());
-  ARCUS_CHECK(rank <= 3, "virtual dataset {} has {} dimensions, at most 3 are supported", name, rank);
+  const std::int64_t inner = rank < 3 ? 1
+                                      : std::accumulate(shape.begin() + 1, shape.end() - 1,
+                                                        std::int64_t{1}, std::multiplies<>());
+  ARCUS_CHECK(rank <= 3, "virtual dataset {} has {} dimensions, at most 3 are supported", name,
+              rank);
   const auto select = [&](std::int64_t row, std::int64_t count, H5S_seloper_t op) {
     std::vector<hsize_t> start;
     std::vector<hsize_t> extent;
@@ -376,10 +383,10 @@ void File::write_attribute(const std::string& name, std::string_view text) {
   const Handle type(ARCUS_H5(code_, H5Tcopy(H5T_C_S1), "{}", name));
   ARCUS_H5(code_, H5Tset_size(type.id(), H5T_VARIABLE), "{}", name);
   ARCUS_H5(code_, H5Tset_cset(type.id(), H5T_CSET_UTF8), "{}", name);
-  const Handle attribute(ARCUS_H5(code_,
-                                  H5Acreate2(handle_.id(), name.c_str(), type.id(), space.id(),
-                                             H5P_DEFAULT, H5P_DEFAULT),
-                                  "attribute {}", name));
+  const Handle attribute(ARCUS_H5(
+      code_,
+      H5Acreate2(handle_.id(), name.c_str(), type.id(), space.id(), H5P_DEFAULT, H5P_DEFAULT),
+      "attribute {}", name));
   const std::string copy(text);
   const char* pointer = copy.c_str();
   ARCUS_H5(code_, H5Awrite(attribute.id(), type.id(), static_cast<const void*>(&pointer)),
@@ -389,10 +396,10 @@ void File::write_attribute(const std::string& name, std::string_view text) {
 void File::write_attribute(const std::string& name, std::int64_t value) {
   quiet();
   const Handle space(ARCUS_H5(code_, H5Screate(H5S_SCALAR), "{}", name));
-  const Handle attribute(ARCUS_H5(code_,
-                                  H5Acreate2(handle_.id(), name.c_str(), H5T_STD_I64LE, space.id(),
-                                             H5P_DEFAULT, H5P_DEFAULT),
-                                  "attribute {}", name));
+  const Handle attribute(ARCUS_H5(
+      code_,
+      H5Acreate2(handle_.id(), name.c_str(), H5T_STD_I64LE, space.id(), H5P_DEFAULT, H5P_DEFAULT),
+      "attribute {}", name));
   ARCUS_H5(code_, H5Awrite(attribute.id(), H5T_STD_I64LE, &value), "attribute {}", name);
 }
 

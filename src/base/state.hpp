@@ -17,8 +17,8 @@ struct TensorSpec {
   std::vector<std::int64_t> shape;  ///< logical; experts stacked by global index come first
   std::int64_t num_units = 1;
 
-  std::int64_t cols() const;       ///< last dimension (1 for a vector)
-  std::int64_t num_rows() const;   ///< rows of all units
+  std::int64_t cols() const;      ///< last dimension (1 for a vector)
+  std::int64_t num_rows() const;  ///< rows of all units
   std::int64_t unit_rows() const { return num_rows() / num_units; }
   std::int64_t num_elements() const { return num_rows() * cols(); }
 };

@@ -26,8 +26,8 @@ struct BasicTensorView {
       : BasicTensorView(first, type, num_rows, num_cols, num_cols) {}
   /// A mutable view serves where a const one is asked for.
   template <class Other>
-    requires(std::is_const_v<Void> && !std::is_const_v<Other>)
-  BasicTensorView(const BasicTensorView<Other>& other)  // NOLINT(google-explicit-constructor)
+  requires(std::is_const_v<Void> && !std::is_const_v<Other>)
+      BasicTensorView(const BasicTensorView<Other>& other)  // NOLINT(google-explicit-constructor)
       : BasicTensorView(other.data, other.dtype, other.rows, other.cols, other.stride) {}
 
   template <class T>
@@ -64,9 +64,9 @@ struct BasicTensorView {
 
  private:
   Void* offset(std::int64_t elements) const {
-    return data == nullptr ? nullptr
-                           : static_cast<Byte*>(data) +
-                                 elements * static_cast<std::int64_t>(size_of(dtype));
+    return data == nullptr
+               ? nullptr
+               : static_cast<Byte*>(data) + elements * static_cast<std::int64_t>(size_of(dtype));
   }
 };
 

@@ -48,8 +48,7 @@ AttentionLayer::AttentionLayer(const ModelConfig& model, const std::string& pref
     k_bias_ = bias("k_proj.bias", kv_size_, true);
     v_bias_ = bias("v_proj.bias", kv_size_, true);
   }
-  o_ = registry.add(
-      {.name = prefix + "o_proj.weight", .shape = {h, q_size_}, .init_std = out_std});
+  o_ = registry.add({.name = prefix + "o_proj.weight", .shape = {h, q_size_}, .init_std = out_std});
   if (model.qk_norm != "none") {
     const bool full = model.qk_norm == "full";
     const auto gain = [&](const char* name, std::int64_t size) {
@@ -107,8 +106,8 @@ void AttentionLayer::normalize(PassContext& ctx, const ParamStore& params, Tenso
                                .eps = model_.norm_eps});
 }
 
-void AttentionLayer::rotate(PassContext& ctx, const ParamStore& params,
-                            const AttentionShape& shape, const Saved& saved) const {
+void AttentionLayer::rotate(PassContext& ctx, const ParamStore& params, const AttentionShape& shape,
+                            const Saved& saved) const {
   const ArenaScope scope(ctx.scratch);
   TensorView q = saved.qkv.col_range(0, q_size_);
   TensorView k = saved.qkv.col_range(q_size_, kv_size_);
@@ -142,8 +141,8 @@ void AttentionLayer::forward(PassContext& ctx, const ParamStore& params, TensorV
   add(ctx.stream, {.y = out, .a = out, .b = x});
 }
 
-void AttentionLayer::normalize_backward(PassContext& ctx, const ParamStore& params,
-                                        TensorView dqkv, const Saved& saved) const {
+void AttentionLayer::normalize_backward(PassContext& ctx, const ParamStore& params, TensorView dqkv,
+                                        const Saved& saved) const {
   const TensorView dq = dqkv.col_range(0, q_size_);
   const TensorView dk = dqkv.col_range(q_size_, kv_size_);
   rmsnorm_backward(ctx.stream, {.dx = dq,
@@ -169,8 +168,7 @@ void AttentionLayer::backward(PassContext& ctx, const ParamStore& params, Tensor
   const AttentionShape sizes = shape(ctx.batch.num_seqs, ctx.batch.seq_len);
   const auto leaf = [&](ParamRef ref, TensorView dy, ConstTensorView x) {
     if (const GradientSum sum = params.sums(ref); sum.sum != nullptr) {
-      linear_wgrad(ctx.stream,
-                   {.dweight = sum, .dy = dy, .x = x, .micro_batch = ctx.batch.number});
+      linear_wgrad(ctx.stream, {.dweight = sum, .dy = dy, .x = x, .micro_batch = ctx.batch.number});
     }
   };
   leaf(o_, dout, saved.out);
@@ -180,18 +178,17 @@ void AttentionLayer::backward(PassContext& ctx, const ParamStore& params, Tensor
   const TensorView dqkv = allocate_padded(ctx.scratch, compute, h.rows, qkv_size());
   const TensorView dq = ctx.scratch.allocate(compute, saved.q.rows, model_.head_dim);
   const TensorView dk = ctx.scratch.allocate(compute, saved.k.rows, model_.head_dim);
-  attention_backward(ctx.stream,
-                     {.dq = dq,
-                      .dk = dk,
-                      .dv = dqkv.col_range(q_size_ + kv_size_, kv_size_),
-                      .dout = dattention,
-                      .out = saved.out,
-                      .lse = saved.lse,
-                      .q = saved.q,
-                      .k = saved.k,
-                      .v = saved.qkv.col_range(q_size_ + kv_size_, kv_size_),
-                      .first_key = ctx.batch.first_key,
-                      .shape = sizes});
+  attention_backward(ctx.stream, {.dq = dq,
+                                  .dk = dk,
+                                  .dv = dqkv.col_range(q_size_ + kv_size_, kv_size_),
+                                  .dout = dattention,
+                                  .out = saved.out,
+                                  .lse = saved.lse,
+                                  .q = saved.q,
+                                  .k = saved.k,
+                                  .v = saved.qkv.col_range(q_size_ + kv_size_, kv_size_),
+                                  .first_key = ctx.batch.first_key,
+                                  .shape = sizes});
   rope_backward(ctx.stream, {.dq = dqkv.col_range(0, q_size_),
                              .dk = dqkv.col_range(q_size_, kv_size_),
                              .dq_out = dq,
@@ -200,16 +197,16 @@ void AttentionLayer::backward(PassContext& ctx, const ParamStore& params, Tensor
                              .position = ctx.batch.position,
                              .shape = sizes});
   if (q_norm_.valid()) normalize_backward(ctx, params, dqkv, saved);
-  // Each projection is a tensor of its own, so that a bad leaf is named and frozen ones are skipped.
+  // Each projection is a tensor of its own, so that a bad leaf is named and frozen ones are
+  // skipped.
   leaf(q_, dqkv.col_range(0, q_size_), h);
   leaf(k_, dqkv.col_range(q_size_, kv_size_), h);
   leaf(v_, dqkv.col_range(q_size_ + kv_size_, kv_size_), h);
   const auto bias_leaf = [&](ParamRef ref, std::int64_t begin, std::int64_t size) {
     if (!ref.valid()) return;
     if (const GradientSum sum = params.sums(ref); sum.sum != nullptr) {
-      bias_grad(ctx.stream, {.dbias = sum,
-                             .dy = dqkv.col_range(begin, size),
-                             .micro_batch = ctx.batch.number});
+      bias_grad(ctx.stream,
+                {.dbias = sum, .dy = dqkv.col_range(begin, size), .micro_batch = ctx.batch.number});
     }
   };
   bias_leaf(q_bias_, 0, q_size_);
@@ -231,9 +228,8 @@ void AttentionLayer::decode(PassContext& ctx, const ParamStore& params, TensorVi
   for (std::int64_t b = 0; b < h.rows; ++b) {
     const std::int64_t row = b * cache.max_len + length[b] - 1;
     cast(ctx.stream, {.y = cache.k.row_range(row, 1), .x = k.row_range(b, 1)});
-    cast(ctx.stream,
-         {.y = cache.v.row_range(row, 1),
-          .x = saved.qkv.row_range(b, 1).col_range(q_size_ + kv_size_, kv_size_)});
+    cast(ctx.stream, {.y = cache.v.row_range(row, 1),
+                      .x = saved.qkv.row_range(b, 1).col_range(q_size_ + kv_size_, kv_size_)});
   }
   attention_decode(ctx.stream, {.out = saved.out,
                                 .q = {saved.q.data, h.dtype, h.rows, q_size_},
@@ -253,9 +249,16 @@ std::vector<GemmShape> AttentionLayer::gemm_shapes(std::int64_t max_tokens, DTyp
   std::vector<GemmShape> shapes;
   const auto push = [&](GemmKind kind, std::int64_t out, std::int64_t in, std::int64_t x_stride,
                         std::int64_t y_stride, bool bias) {
-    shapes.push_back({.kind = kind, .dtype = compute, .result_dtype = compute, .out = out,
-                      .in = in, .x_stride = x_stride, .y_stride = y_stride,
-                      .min_rows = max_tokens, .max_rows = max_tokens, .bias = bias});
+    shapes.push_back({.kind = kind,
+                      .dtype = compute,
+                      .result_dtype = compute,
+                      .out = out,
+                      .in = in,
+                      .x_stride = x_stride,
+                      .y_stride = y_stride,
+                      .min_rows = max_tokens,
+                      .max_rows = max_tokens,
+                      .bias = bias});
   };
   push(GemmKind::forward, all, h, h, all, q_bias_.valid());
   push(GemmKind::forward, h, q_size_, q_size_, h, false);

@@ -12,23 +12,23 @@ namespace arcus {
 
 /// Keys and values of one layer for decoding: B sequences of up to max_len positions.
 struct KvCache {
-  TensorView k, v;         ///< [B * max_len, num_kv_heads * D]
-  TensorView length;       ///< [1, B] i32: positions filled, the current one included
+  TensorView k, v;    ///< [B * max_len, num_kv_heads * D]
+  TensorView length;  ///< [1, B] i32: positions filled, the current one included
   std::int64_t max_len = 0;
 };
 
-/// Causal grouped-query attention with rotary positions and optional QK-norm and QKV bias. T tokens,
-/// D head size, N = num_heads * D, M = num_kv_heads * D.
+/// Causal grouped-query attention with rotary positions and optional QK-norm and QKV bias. T
+/// tokens, D head size, N = num_heads * D, M = num_kv_heads * D.
 class AttentionLayer {
  public:
   AttentionLayer(const ModelConfig& model, const std::string& prefix, ParamRegistry& registry);
 
   struct Saved {
-    TensorView qkv;          ///< [T, N + 2M]: projections before QK-norm and rotation
-    TensorView q_inv_rms;    ///< [T, heads or 1] accumulate type, with QK-norm
+    TensorView qkv;        ///< [T, N + 2M]: projections before QK-norm and rotation
+    TensorView q_inv_rms;  ///< [T, heads or 1] accumulate type, with QK-norm
     TensorView k_inv_rms;
-    TensorView q, k;         ///< rotated, attention layout
-    TensorView out;          ///< [T, N] before the output projection
+    TensorView q, k;  ///< rotated, attention layout
+    TensorView out;   ///< [T, N] before the output projection
     TensorView lse;
   };
   Saved allocate(Arena& arena, std::int64_t num_tokens, DType compute) const;

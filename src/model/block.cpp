@@ -9,10 +9,8 @@ namespace arcus {
 namespace {
 
 ParamRef add_gain(const std::string& name, std::int64_t size, ParamRegistry& registry) {
-  return registry.add({.name = name,
-                       .shape = {size},
-                       .keep_accumulate_type = true,
-                       .init = ParamInit::ones});
+  return registry.add(
+      {.name = name, .shape = {size}, .keep_accumulate_type = true, .init = ParamInit::ones});
 }
 
 std::string layer_prefix(std::int64_t layer) { return fmt::format("model.layers.{}.", layer); }
@@ -22,8 +20,8 @@ std::string layer_prefix(std::int64_t layer) { return fmt::format("model.layers.
 Block::Block(const ModelConfig& model, const RoutingConfig& routing, std::int64_t layer,
              ParamRegistry& registry)
     : model_(model),
-      input_norm_(add_gain(layer_prefix(layer) + "input_layernorm.weight", model.hidden_size,
-                           registry)),
+      input_norm_(
+          add_gain(layer_prefix(layer) + "input_layernorm.weight", model.hidden_size, registry)),
       attention_(model, layer_prefix(layer) + "self_attn.", registry),
       post_attention_norm_(add_gain(layer_prefix(layer) + "post_attention_layernorm.weight",
                                     model.hidden_size, registry)) {
@@ -36,8 +34,8 @@ Block::Block(const ModelConfig& model, const RoutingConfig& routing, std::int64_
   }
 }
 
-void Block::allocate_kept(Arena& arena, std::int64_t num_tokens,
-                          const TokenDispatcher& dispatcher, Saved& saved) const {
+void Block::allocate_kept(Arena& arena, std::int64_t num_tokens, const TokenDispatcher& dispatcher,
+                          Saved& saved) const {
   if (moe_) moe_->allocate_routing(arena, num_tokens, dispatcher, saved.moe);
 }
 
@@ -67,8 +65,7 @@ void Block::count_round(Arena& saved, Arena& scratch, std::int64_t num_tokens, s
   const ArenaScope scope(scratch);
   scratch.allocate(acc, tokens, 4 * h + 2 * attention_.qkv_size() + 64);
   if (dense_) {
-    scratch.allocate(compute, tokens,
-                     ffn_row_stride(h) + ffn_row_stride(2 * model_.dense_ff_size));
+    scratch.allocate(compute, tokens, ffn_row_stride(h) + ffn_row_stride(2 * model_.dense_ff_size));
   }
   if (moe_ && training) {
     moe_->allocate_backward_scratch(scratch, num_tokens, rows, padded, compute);
@@ -80,11 +77,9 @@ void Block::count_round(Arena& saved, Arena& scratch, std::int64_t num_tokens, s
 
 void Block::norm(PassContext& ctx, const ParamStore& params, ParamRef gain, TensorView y,
                  TensorView inv_rms, ConstTensorView x) const {
-  rmsnorm_forward(ctx.stream, {.y = y,
-                               .inv_rms = inv_rms,
-                               .x = x,
-                               .gain = params.values(gain),
-                               .eps = model_.norm_eps});
+  rmsnorm_forward(
+      ctx.stream,
+      {.y = y, .inv_rms = inv_rms, .x = x, .gain = params.values(gain), .eps = model_.norm_eps});
 }
 
 void Block::feed_forward(PassContext& ctx, const ParamStore& params, TokenDispatcher& dispatcher,

@@ -25,9 +25,10 @@ void validate_attention(const ModelConfig& m) {
                 "(e.g. {})",
                 m.hidden_size, m.num_heads, std::max<std::int64_t>(2, m.hidden_size / m.num_heads));
   const std::int64_t head_dim = m.head_dim > 0 ? m.head_dim : m.hidden_size / m.num_heads;
-  ARCUS_REQUIRE(head_dim % 2 == 0, ExitCode::usage,
-                "model.head_dim ({}) must be even (rotary embedding pairs dimensions); set it to {}",
-                head_dim, head_dim + 1);
+  ARCUS_REQUIRE(
+      head_dim % 2 == 0, ExitCode::usage,
+      "model.head_dim ({}) must be even (rotary embedding pairs dimensions); set it to {}",
+      head_dim, head_dim + 1);
   ARCUS_REQUIRE(m.qk_norm == "none" || m.qk_norm == "head" || m.qk_norm == "full", ExitCode::usage,
                 "model.qk_norm is \"{}\"; it must be \"none\", \"head\" or \"full\"", m.qk_norm);
   ARCUS_REQUIRE(m.partial_rotary_factor > 0 && m.partial_rotary_factor <= 1, ExitCode::usage,
@@ -53,11 +54,13 @@ void validate_experts(const ModelConfig& m) {
 void validate_routing(const ModelConfig& m, const RoutingConfig& r) {
   find_score(r.score);
   find_select(r.select);
-  ARCUS_REQUIRE(!(m.topk == 1 && r.renormalize), ExitCode::usage,
-                "routing.renormalize with model.topk = 1 makes every weight 1, so the gate would not "
-                "learn; set routing.renormalize to false");
+  ARCUS_REQUIRE(
+      !(m.topk == 1 && r.renormalize), ExitCode::usage,
+      "routing.renormalize with model.topk = 1 makes every weight 1, so the gate would not "
+      "learn; set routing.renormalize to false");
   ARCUS_REQUIRE(r.drop_policy == "position" || r.drop_policy == "probs", ExitCode::usage,
-                "routing.drop_policy is \"{}\"; it must be \"position\" or \"probs\"", r.drop_policy);
+                "routing.drop_policy is \"{}\"; it must be \"position\" or \"probs\"",
+                r.drop_policy);
   for (const auto& [name, value] : {std::pair{"capacity_factor", r.capacity_factor},
                                     std::pair{"eval_capacity_factor", r.eval_capacity_factor}}) {
     ARCUS_REQUIRE(value == 0 || (value >= 1e-6 && value <= 1e6), ExitCode::usage,
@@ -75,7 +78,8 @@ void validate_routing(const ModelConfig& m, const RoutingConfig& r) {
                 "routing.aux_loss ({}) and routing.z_loss ({}) must not be negative", r.aux_loss,
                 r.z_loss);
   ARCUS_REQUIRE(r.routed_scaling_factor > 0, ExitCode::usage,
-                "routing.routed_scaling_factor is {}; it must be positive", r.routed_scaling_factor);
+                "routing.routed_scaling_factor is {}; it must be positive",
+                r.routed_scaling_factor);
 }
 
 }  // namespace

@@ -15,14 +15,14 @@ struct ModelConfig {
   std::int64_t num_layers = 4;
   std::int64_t num_heads = 8;
   std::int64_t num_kv_heads = 4;
-  std::int64_t head_dim = 0;         ///< 0 = hidden_size / num_heads
-  std::string qk_norm = "head";      ///< "none" | "head" | "full"
+  std::int64_t head_dim = 0;     ///< 0 = hidden_size / num_heads
+  std::string qk_norm = "head";  ///< "none" | "head" | "full"
   bool qkv_bias = false;
   double rope_theta = 10000;
   double partial_rotary_factor = 1;  ///< share of head_dim that is rotated
   double norm_eps = 1e-6;
-  std::int64_t first_k_dense = 0;    ///< leading layers with a dense feed-forward
-  std::int64_t dense_ff_size = 0;    ///< 0 = topk * expert_ff_size
+  std::int64_t first_k_dense = 0;  ///< leading layers with a dense feed-forward
+  std::int64_t dense_ff_size = 0;  ///< 0 = topk * expert_ff_size
   std::int64_t num_experts = 8;
   std::int64_t topk = 2;
   std::int64_t expert_ff_size = 1024;
@@ -33,19 +33,19 @@ struct ModelConfig {
 
 /// Keys of [routing]: score x select x balance as orthogonal choices, plus capacity.
 struct RoutingConfig {
-  std::string score = "softmax";        ///< a row of the score table
-  std::string select = "topk";          ///< a row of the select table
+  std::string score = "softmax";  ///< a row of the score table
+  std::string select = "topk";    ///< a row of the select table
   bool renormalize = true;
   bool gate_bias = false;
   double routed_scaling_factor = 1;
-  double capacity_factor = 0;           ///< 0 = dropless
+  double capacity_factor = 0;  ///< 0 = dropless
   std::int64_t min_capacity = 0;
-  double eval_capacity_factor = 0;      ///< 0 = dropless
-  std::string drop_policy = "position"; ///< "position" | "probs"
+  double eval_capacity_factor = 0;       ///< 0 = dropless
+  std::string drop_policy = "position";  ///< "position" | "probs"
   bool renormalize_after_drop = false;
-  double aux_loss = 0.01;               ///< coefficient; 0 = off
+  double aux_loss = 0.01;  ///< coefficient; 0 = off
   std::string aux_scope = "micro_batch";
-  double z_loss = 0;                    ///< coefficient; 0 = off
+  double z_loss = 0;  ///< coefficient; 0 = off
 };
 
 /// Cross-field rules, defaults resolved (vocab_size and head_dim filled in). Throws (usage) naming

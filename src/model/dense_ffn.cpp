@@ -50,10 +50,8 @@ void DenseFfn::backward(PassContext& ctx, const ParamStore& params, TensorView d
   const std::int64_t rows = saved.act.rows;
   const std::int64_t h = shape_.hidden_size;
   const std::int64_t f = shape_.ff_size;
-  const TensorView dy_padded =
-      ctx.scratch.allocate(dy.dtype, rows, h, ffn_row_stride(h));
-  const TensorView dgate_up =
-      ctx.scratch.allocate(dy.dtype, rows, 2 * f, ffn_row_stride(2 * f));
+  const TensorView dy_padded = ctx.scratch.allocate(dy.dtype, rows, h, ffn_row_stride(h));
+  const TensorView dgate_up = ctx.scratch.allocate(dy.dtype, rows, 2 * f, ffn_row_stride(2 * f));
   ffn_backward(ctx.stream, {.dx = dx,
                             .dy = dy_padded,
                             .dgate_up = dgate_up,

@@ -36,15 +36,14 @@ Routing Gate::allocate(Arena& arena, std::int64_t num_tokens, DType compute) con
 
 void Gate::forward(PassContext& ctx, const ParamStore& params, ConstTensorView x, Routing& routing,
                    bool replay) const {
-  gate_logits(ctx.stream,
-              {.z = routing.z,
-               .x_wide = routing.x_wide,
-               .x = x,
-               .weight = params.values(weight_),
-               .bias = bias_.valid() ? params.values(bias_) : TensorView(),
-               .flag = &params.bad_leaf(),
-               .flag_key = bad_leaf_key(params.registry().row(weight_).first_unit_idx,
-                                        std::max<std::int64_t>(0, ctx.batch.number))});
+  gate_logits(ctx.stream, {.z = routing.z,
+                           .x_wide = routing.x_wide,
+                           .x = x,
+                           .weight = params.values(weight_),
+                           .bias = bias_.valid() ? params.values(bias_) : TensorView(),
+                           .flag = &params.bad_leaf(),
+                           .flag_key = bad_leaf_key(params.registry().row(weight_).first_unit_idx,
+                                                    std::max<std::int64_t>(0, ctx.batch.number))});
   gate_scores(ctx.stream, {.s = routing.s,
                            .lse = routing.lse,
                            .z = routing.z,
@@ -66,17 +65,17 @@ void Gate::forward(PassContext& ctx, const ParamStore& params, ConstTensorView x
 void Gate::select_and_drop(PassContext& ctx, Routing& routing) const {
   find_select(routing_.select).select(ctx, model_, routing_, routing);
   const std::int64_t tokens = routing.z.rows;
-  routing.capacity = expert_capacity(
-      ctx.training ? routing_.capacity_factor : routing_.eval_capacity_factor,
-      routing_.min_capacity, model_.topk, tokens, model_.num_experts);
+  routing.capacity =
+      expert_capacity(ctx.training ? routing_.capacity_factor : routing_.eval_capacity_factor,
+                      routing_.min_capacity, model_.topk, tokens, model_.num_experts);
   const ArenaScope scope(ctx.scratch);
   const TensorView demand = ctx.scratch.allocate(DType::i64, 1, model_.num_experts);
   apply_capacity(
       ctx.stream,
       {.expert_of_slot = routing.expert_of_slot,
        .demand = demand,
-       .scratch = ctx.scratch.allocate(
-           DType::i64, 1, 2 * std::max(tokens * model_.topk, model_.num_experts)),
+       .scratch = ctx.scratch.allocate(DType::i64, 1,
+                                       2 * std::max(tokens * model_.topk, model_.num_experts)),
        .topk_idx = routing.topk_idx,
        .s = routing.s,
        .num_experts = model_.num_experts,
@@ -114,8 +113,7 @@ void Gate::backward(PassContext& ctx, const ParamStore& params, TensorView dx,
                     ConstTensorView dweight, ConstTensorView x, const Routing& routing) const {
   const ArenaScope scope(ctx.scratch);
   const std::int64_t tokens = routing.z.rows;
-  const TensorView dz =
-      allocate_padded(ctx.scratch, routing.z.dtype, tokens, model_.num_experts);
+  const TensorView dz = allocate_padded(ctx.scratch, routing.z.dtype, tokens, model_.num_experts);
   GateBackward args{.dz = dz,
                     .dweight = dweight,
                     .s = routing.s,
@@ -148,8 +146,15 @@ std::vector<GemmShape> Gate::gemm_shapes(std::int64_t max_tokens, DType compute,
   const DType acc = accumulate_dtype(compute);
   const std::int64_t e = model_.num_experts;
   const std::int64_t h = model_.hidden_size;
-  GemmShape shape{.kind = GemmKind::forward, .dtype = acc, .result_dtype = acc, .out = e, .in = h,
-                  .x_stride = h, .y_stride = e, .min_rows = max_tokens, .max_rows = max_tokens,
+  GemmShape shape{.kind = GemmKind::forward,
+                  .dtype = acc,
+                  .result_dtype = acc,
+                  .out = e,
+                  .in = h,
+                  .x_stride = h,
+                  .y_stride = e,
+                  .min_rows = max_tokens,
+                  .max_rows = max_tokens,
                   .bias = bias_.valid()};
   std::vector<GemmShape> shapes{shape};
   if (!training) return shapes;

@@ -22,12 +22,12 @@ MoeLayer::MoeLayer(const ModelConfig& model, const RoutingConfig& routing,
   const std::int64_t e = model.num_experts;
   const std::int64_t f = model.expert_ff_size;
   const std::int64_t h = model.hidden_size;
-  experts_ = registry.add_experts(
-      {{.name = prefix + "experts.gate_proj.weight", .shape = {e, f, h}},
-       {.name = prefix + "experts.up_proj.weight", .shape = {e, f, h}},
-       {.name = prefix + "experts.down_proj.weight",
-        .shape = {e, h, f},
-        .init_std = residual_std(model)}});
+  experts_ =
+      registry.add_experts({{.name = prefix + "experts.gate_proj.weight", .shape = {e, f, h}},
+                            {.name = prefix + "experts.up_proj.weight", .shape = {e, f, h}},
+                            {.name = prefix + "experts.down_proj.weight",
+                             .shape = {e, h, f},
+                             .init_std = residual_std(model)}});
   if (model.num_shared_experts == 0) return;
   shared_.emplace(prefix + "shared_experts.", h, f * model.num_shared_experts, residual_std(model),
                   registry);
@@ -80,8 +80,7 @@ void MoeLayer::forward_shared(PassContext& ctx, const ParamStore& params, Tensor
                            .x_wide = saved.shared_wide,
                            .x = h,
                            .weight = params.values(shared_gate_)});
-  scale_rows_sigmoid(ctx.stream,
-                     {.out = out, .x = saved.shared_out, .logit = saved.shared_logit});
+  scale_rows_sigmoid(ctx.stream, {.out = out, .x = saved.shared_out, .logit = saved.shared_logit});
 }
 
 void MoeLayer::forward(PassContext& ctx, const ParamStore& params, TokenDispatcher& dispatcher,
@@ -234,15 +233,14 @@ void MoeLayer::allocate_backward_scratch(Arena& arena, std::int64_t num_tokens, 
   arena.allocate(acc, tokens, 2 * h + model_.num_experts + 1);
   arena.allocate(DType::i64, 2, std::max(num_tokens * model_.topk, model_.num_experts) + 64);
   if (shared_) {
-    arena.allocate(compute, tokens, 3 * h + ffn_row_stride(h) +
-                                        ffn_row_stride(2 * shared_->shape().ff_size));
+    arena.allocate(compute, tokens,
+                   3 * h + ffn_row_stride(h) + ffn_row_stride(2 * shared_->shape().ff_size));
   }
   arena.allocate_bytes(1 << 14);  // rounding of the pieces above to the arena's alignment
 }
 
-std::vector<GemmShape> MoeLayer::gemm_shapes(std::int64_t max_tokens,
-                                             std::int64_t max_segment_rows, DType compute,
-                                             bool training) const {
+std::vector<GemmShape> MoeLayer::gemm_shapes(std::int64_t max_tokens, std::int64_t max_segment_rows,
+                                             DType compute, bool training) const {
   std::vector<GemmShape> shapes = gate_.gemm_shapes(max_tokens, compute, training);
   const auto append = [&](const std::vector<GemmShape>& more) {
     shapes.insert(shapes.end(), more.begin(), more.end());
@@ -251,9 +249,15 @@ std::vector<GemmShape> MoeLayer::gemm_shapes(std::int64_t max_tokens,
   if (shared_) append(shared_->gemm_shapes(max_tokens, compute, training));
   if (shared_gate_.valid()) {
     const DType acc = accumulate_dtype(compute);
-    GemmShape shape{.kind = GemmKind::forward, .dtype = acc, .result_dtype = acc, .out = 1,
-                    .in = model_.hidden_size, .x_stride = model_.hidden_size, .y_stride = 1,
-                    .min_rows = max_tokens, .max_rows = max_tokens};
+    GemmShape shape{.kind = GemmKind::forward,
+                    .dtype = acc,
+                    .result_dtype = acc,
+                    .out = 1,
+                    .in = model_.hidden_size,
+                    .x_stride = model_.hidden_size,
+                    .y_stride = 1,
+                    .min_rows = max_tokens,
+                    .max_rows = max_tokens};
     for (const GemmKind kind : {GemmKind::forward, GemmKind::dgrad, GemmKind::wgrad}) {
       shape.kind = kind;
       if (training || kind == GemmKind::forward) shapes.push_back(shape);

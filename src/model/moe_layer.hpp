@@ -54,8 +54,8 @@ class MoeLayer {
 
  private:
   FfnWeights expert_weights(const ParamStore& params) const;
-  void forward_shared(PassContext& ctx, const ParamStore& params, TensorView out,
-                      ConstTensorView h, const Saved& saved) const;
+  void forward_shared(PassContext& ctx, const ParamStore& params, TensorView out, ConstTensorView h,
+                      const Saved& saved) const;
   void backward_shared(PassContext& ctx, const ParamStore& params, TensorView dh,
                        ConstTensorView dout, ConstTensorView h, const Saved& saved) const;
   void add_expert_leaves(PassContext& ctx, const ParamStore& params, ConstTensorView dy,

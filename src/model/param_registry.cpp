@@ -82,8 +82,7 @@ std::vector<ParamBlock> ParamRegistry::blocks(FlatId flat, std::int64_t first_ex
     for (std::int64_t local = 0; local < units; ++local) {
       for (std::int64_t b = 0; b < blocks_per_unit(spec); ++b) {
         const RowRange range = block_range(spec, b);  // rows of unit 0
-        result.push_back({static_cast<int>(i),
-                          expert ? first_expert + local : 0, b,
+        result.push_back({static_cast<int>(i), expert ? first_expert + local : 0, b,
                           offset + local * row.expert_stride + range.begin * spec.cols(),
                           (range.end - range.begin) * spec.cols()});
       }

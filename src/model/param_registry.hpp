@@ -30,7 +30,7 @@ struct ParamRow {
   bool keep_accumulate_type = false;  ///< dense_accumulate instead of dense_compute
   ParamInit init = ParamInit::normal;
   double init_std = 0.02;
-  bool follows_previous = false;    ///< no gap before it: one view spans both (q, k, v)
+  bool follows_previous = false;            ///< no gap before it: one view spans both (q, k, v)
   std::int64_t leaves_per_micro_batch = 1;  ///< most leaves a micro-batch may add
   // Set from [[train.group]]:
   double lr_scale = 1;
@@ -58,7 +58,7 @@ struct ParamRef {
 /// One block (see block_range) of a unit held on this rank, in memory order of its flat.
 struct ParamBlock {
   int row_idx = 0;
-  std::int64_t unit = 0;           ///< global expert, 0 for dense
+  std::int64_t unit = 0;  ///< global expert, 0 for dense
   std::int64_t block_in_unit = 0;
   std::int64_t begin = 0, count = 0;  ///< elements in the flat
 };

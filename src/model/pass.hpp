@@ -29,12 +29,12 @@ struct MicroBatch {
 
 /// What a micro-batch reports; all vectors are sized by the transformer, dense layers stay 0.
 struct MicroBatchStats {
-  double token_loss_sum = 0;        ///< over targets, f64 in token order
-  std::vector<double> aux_loss;     ///< [L], parts of the loss (coefficient and weight included)
-  std::vector<double> z_loss;       ///< [L], likewise
-  std::vector<double> entropy_sum;  ///< [L], sum over tokens
-  std::vector<std::int64_t> demand; ///< [L * E], tokens per expert before drops
-  std::vector<std::int64_t> dropped;    ///< [L], assignments
+  double token_loss_sum = 0;          ///< over targets, f64 in token order
+  std::vector<double> aux_loss;       ///< [L], parts of the loss (coefficient and weight included)
+  std::vector<double> z_loss;         ///< [L], likewise
+  std::vector<double> entropy_sum;    ///< [L], sum over tokens
+  std::vector<std::int64_t> demand;   ///< [L * E], tokens per expert before drops
+  std::vector<std::int64_t> dropped;  ///< [L], assignments
   std::vector<std::int64_t> recv_rows;  ///< [L], rows this rank's experts processed
 };
 

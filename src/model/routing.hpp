@@ -11,8 +11,9 @@
 
 namespace arcus {
 
-/// A routing is three orthogonal choices, each a row of a table, plus capacity: *score* turns logits
-/// into s, *select* picks K experts a token, *balance* adds losses or state. Adding one is a row.
+/// A routing is three orthogonal choices, each a row of a table, plus capacity: *score* turns
+/// logits into s, *select* picks K experts a token, *balance* adds losses or state. Adding one is a
+/// row.
 
 struct ScoreRow {
   std::string_view name;

@@ -102,8 +102,7 @@ void Transformer::head_loss(PassContext& ctx, const ParamStore& params, ConstTen
                                .targets = ctx.batch.targets.col_range(begin, rows),
                                .scale = ctx.batch.loss_scale});
     if (!backward) continue;
-    linear_dgrad(ctx.stream,
-                 {.dx = dh.row_range(begin, rows), .dy = dlogits, .weight = weight});
+    linear_dgrad(ctx.stream, {.dx = dh.row_range(begin, rows), .dy = dlogits, .weight = weight});
     if (sum.sum == nullptr) continue;
     linear_wgrad(ctx.stream, {.dweight = sum,
                               .dy = dlogits,
@@ -164,24 +163,22 @@ void Transformer::train(PassContext& ctx, const ParamStore& params, TokenDispatc
   }
   if (const GradientSum sum = params.sums(embedding_); sum.sum != nullptr) {
     const ArenaScope scope(ctx.scratch);
-    embedding_backward(ctx.stream,
-                       {.dtable = sum,
-                        .dout = dx,
-                        .ids = ctx.batch.ids,
-                        .vocab_size = model_.vocab_size,
-                        .scratch = ctx.scratch.allocate(DType::i32, 1,
-                                                        model_.vocab_size + 1 + tokens),
-                        .micro_batch = ctx.batch.number});
+    embedding_backward(
+        ctx.stream, {.dtable = sum,
+                     .dout = dx,
+                     .ids = ctx.batch.ids,
+                     .vocab_size = model_.vocab_size,
+                     .scratch = ctx.scratch.allocate(DType::i32, 1, model_.vocab_size + 1 + tokens),
+                     .micro_batch = ctx.batch.number});
   }
 }
 
-void Transformer::evaluate(PassContext& ctx, const ParamStore& params,
-                           TokenDispatcher& dispatcher, TensorView token_loss) const {
+void Transformer::evaluate(PassContext& ctx, const ParamStore& params, TokenDispatcher& dispatcher,
+                           TensorView token_loss) const {
   const ArenaScope scope(ctx.saved);
   const std::int64_t tokens = ctx.batch.num_tokens();
   TensorView x = embed(ctx, params);
-  TensorView next =
-      allocate_padded(ctx.saved, params.compute_dtype(), tokens, model_.hidden_size);
+  TensorView next = allocate_padded(ctx.saved, params.compute_dtype(), tokens, model_.hidden_size);
   for (std::size_t l = 0; l < blocks_.size(); ++l) {
     ctx.layer = static_cast<std::int64_t>(l);
     const ArenaScope layer(ctx.saved);
@@ -250,7 +247,8 @@ RoundMemory Transformer::count_round(std::int64_t num_tokens, std::int64_t rows,
   allocate_padded(saved, compute, num_tokens, 3 * h);
   saved.allocate(acc, 2, num_tokens);
   if (training && recompute) saved.allocate_bytes(transient + num_tokens * h * 8 + 4096);
-  if (!training) saved.allocate_bytes(std::max<std::int64_t>(0, transient - saved.used() + tail_begin));
+  if (!training)
+    saved.allocate_bytes(std::max<std::int64_t>(0, transient - saved.used() + tail_begin));
   const std::int64_t chunk = std::min(head_chunk_rows(), std::max<std::int64_t>(1, num_tokens));
   scratch.allocate(acc, chunk + padded_rows(chunk), model_.vocab_size);
   scratch.allocate(DType::i32, 1, model_.vocab_size + 1 + num_tokens);
@@ -268,12 +266,18 @@ std::vector<GemmShape> Transformer::gemm_shapes(std::int64_t max_tokens,
   const std::int64_t v = model_.vocab_size;
   const std::int64_t h = model_.hidden_size;
   // Whole chunks, and the last one of a micro-batch.
-  for (const std::int64_t rows : {std::min(max_tokens, head_chunk_rows()),
-                                  max_tokens % head_chunk_rows()}) {
+  for (const std::int64_t rows :
+       {std::min(max_tokens, head_chunk_rows()), max_tokens % head_chunk_rows()}) {
     if (rows == 0) continue;
-    GemmShape head{.kind = GemmKind::forward, .dtype = compute,
-                   .result_dtype = accumulate_dtype(compute), .out = v, .in = h, .x_stride = h,
-                   .y_stride = v, .min_rows = rows, .max_rows = rows};
+    GemmShape head{.kind = GemmKind::forward,
+                   .dtype = compute,
+                   .result_dtype = accumulate_dtype(compute),
+                   .out = v,
+                   .in = h,
+                   .x_stride = h,
+                   .y_stride = v,
+                   .min_rows = rows,
+                   .max_rows = rows};
     shapes.push_back(head);
     if (!training) continue;
     head.result_dtype = compute;
@@ -286,9 +290,8 @@ std::vector<GemmShape> Transformer::gemm_shapes(std::int64_t max_tokens,
 }
 
 PrimitiveReport Transformer::build_primitives(Stream& stream, std::int64_t num_seqs,
-                                              std::int64_t seq_len,
-                                              std::int64_t max_segment_rows, DType compute,
-                                              bool training) const {
+                                              std::int64_t seq_len, std::int64_t max_segment_rows,
+                                              DType compute, bool training) const {
   PrimitiveReport report = arcus::build_primitives(
       stream, gemm_shapes(num_seqs * seq_len, max_segment_rows, compute, training));
   const AttentionLayer& attention = blocks_.front().attention();

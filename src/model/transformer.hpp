@@ -32,7 +32,8 @@ class Transformer {
   Workspace make_workspace() const;
 
   /// Forward and backward of this rank's micro-batch, in step with the other ranks of the EP group;
-  /// adds all leaves to `params` and fills ctx.stats. `recompute`: keep layer inputs and routing only.
+  /// adds all leaves to `params` and fills ctx.stats. `recompute`: keep layer inputs and routing
+  /// only.
   void train(PassContext& ctx, const ParamStore& params, TokenDispatcher& dispatcher,
              Workspace& workspace, bool recompute) const;
   /// Loss of the micro-batch, in evaluation form; token_loss [1, T] accumulate type.

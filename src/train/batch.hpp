@@ -19,8 +19,7 @@ class BatchBuffers {
   /// The same from held-out windows; `target_bytes` is increased by the bytes they stand for, and
   /// `num_targets` by their tokens.
   MicroBatch fill(const EvalSampler& sampler, std::int64_t number, std::int64_t num_seqs,
-                  std::int64_t first_window, std::int64_t& num_targets,
-                  std::int64_t& target_bytes);
+                  std::int64_t first_window, std::int64_t& num_targets, std::int64_t& target_bytes);
   /// From given ids and targets [num_seqs, seq_len].
   MicroBatch fill(std::span<const std::int32_t> ids, std::span<const std::int32_t> targets,
                   std::int64_t number);

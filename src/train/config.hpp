@@ -13,7 +13,7 @@ struct TrainConfig {
   std::int64_t micro_batch_seqs = 2;
   std::int64_t global_batch_seqs = 8;
   double lr = 3e-4;
-  double min_lr_ratio = 0.1;     ///< the schedule ends at lr * min_lr_ratio
+  double min_lr_ratio = 0.1;  ///< the schedule ends at lr * min_lr_ratio
   double beta1 = 0.9;
   double beta2 = 0.95;
   double eps = 1e-8;
@@ -21,27 +21,28 @@ struct TrainConfig {
   std::string schedule = "cosine";  ///< "cosine" | "wsd" | "constant"
   double decay_fraction = 0.2;      ///< wsd: the last part of the steps, linear to the end
   double weight_decay = 0.1;
-  double grad_clip = 1.0;           ///< 0 = off
-  std::string dtype = "f32";        ///< "f32" | "bf16" (f32 master weights)
-  bool recompute = false;           ///< keep layer inputs only, run layers again in backward
+  double grad_clip = 1.0;     ///< 0 = off
+  std::string dtype = "f32";  ///< "f32" | "bf16" (f32 master weights)
+  bool recompute = false;     ///< keep layer inputs only, run layers again in backward
 };
 
 /// One [[train.group]]: overrides for parameters whose name matches; the last match wins.
 struct ParamGroupConfig {
-  std::string match;           ///< ECMAScript regular expression, searched in the name
+  std::string match;  ///< ECMAScript regular expression, searched in the name
   double lr_scale = 1;
-  double weight_decay = -1;    ///< < 0: [train] weight_decay
+  double weight_decay = -1;  ///< < 0: [train] weight_decay
   bool frozen = false;
 };
 
 /// Keys of [run].
 struct RunConfig {
-  std::string dir;              ///< run folder: checkpoints, metrics.jsonl, run.log
-  std::string data;             ///< folder made by `arcus prepare`
+  std::string dir;   ///< run folder: checkpoints, metrics.jsonl, run.log
+  std::string data;  ///< folder made by `arcus prepare`
   std::uint64_t seed = 1;
   std::string device = "auto";  ///< "auto" | "cpu" | "cuda"
   bool reproducible = true;     ///< same bits at any layout
-  double max_minutes = 0;       ///< stop (checkpoint, exit 0) after this much wall-clock time; 0 = no limit
+  double max_minutes =
+      0;  ///< stop (checkpoint, exit 0) after this much wall-clock time; 0 = no limit
   std::int64_t trace_routing_every = 0;  ///< write a routing trace every n steps; 0 = never
   double stuck_after_s = 600;            ///< the watchdog's patience
   std::int64_t max_bad_steps = 10;       ///< non-finite steps in a row before the run stops

@@ -38,8 +38,8 @@ class DomainEvaluator {
     result.bytes = totals[1];
     result.loss = loss / static_cast<double>(std::max<std::int64_t>(1, result.tokens));
     result.ppl = std::exp(result.loss);
-    result.bits_per_byte = loss / std::numbers::ln2 /
-                           static_cast<double>(std::max<std::int64_t>(1, result.bytes));
+    result.bits_per_byte =
+        loss / std::numbers::ln2 / static_cast<double>(std::max<std::int64_t>(1, result.bytes));
     return result;
   }
 
@@ -50,8 +50,8 @@ class DomainEvaluator {
     MicroBatch batch = buffers_.idle();
     if (number >= 0) {
       const std::int64_t first = number * seqs;
-      batch = buffers_.fill(sampler_, number, std::min(seqs, sampler_.num_windows() - first),
-                            first, targets_, bytes_);
+      batch = buffers_.fill(sampler_, number, std::min(seqs, sampler_.num_windows() - first), first,
+                            targets_, bytes_);
     }
     const ArenaScope scope(instance_.saved());
     PassContext ctx{.stream = instance_.stream(),
@@ -61,9 +61,8 @@ class DomainEvaluator {
                     .stats = stats_,
                     .training = false};
     const DType acc = accumulate_dtype(instance_.options().compute);
-    instance_.transformer().evaluate(
-        ctx, instance_.params(), instance_.dispatcher(),
-        instance_.saved().allocate(acc, 1, batch.num_tokens()));
+    instance_.transformer().evaluate(ctx, instance_.params(), instance_.dispatcher(),
+                                     instance_.saved().allocate(acc, 1, batch.num_tokens()));
     return number >= 0 ? stats_.token_loss_sum : 0;
   }
 
@@ -99,8 +98,7 @@ EvalMetrics evaluate(ModelInstance& instance, const TokenDataset& dataset, const
                      std::int64_t step) {
   EvalMetrics metrics{.step = step};
   for (const std::string& name : domains.empty() ? dataset.domains() : domains) {
-    const EvalSampler sampler(dataset, dataset.domain_idx(name), data,
-                              instance.options().seq_len);
+    const EvalSampler sampler(dataset, dataset.domain_idx(name), data, instance.options().seq_len);
     metrics.domains.push_back(DomainEvaluator(instance, sampler, max_micro_batches).run(name));
   }
   return metrics;

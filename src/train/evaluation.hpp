@@ -7,9 +7,9 @@
 
 namespace arcus {
 
-/// Held-out loss of the named domains (empty: all), in micro-batches cut like training ones, the last
-/// one short. `max_micro_batches` per domain; 0 = all held-out text. Collective; the same bits on
-/// every rank and at any layout.
+/// Held-out loss of the named domains (empty: all), in micro-batches cut like training ones, the
+/// last one short. `max_micro_batches` per domain; 0 = all held-out text. Collective; the same bits
+/// on every rank and at any layout.
 EvalMetrics evaluate(ModelInstance& instance, const TokenDataset& dataset, const DataConfig& data,
                      const std::vector<std::string>& domains, std::int64_t max_micro_batches,
                      std::int64_t step);

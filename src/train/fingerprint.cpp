@@ -76,7 +76,8 @@ void hash_step(const InstanceOptions& options, int num_threads, StreamHash& hash
 
 std::string arithmetic_fingerprint(DType compute, int num_threads) {
   StreamHash hash;
-  for (const std::int64_t experts : {1, 4}) hash_step(small_instance(compute, experts), num_threads, hash);
+  for (const std::int64_t experts : {1, 4})
+    hash_step(small_instance(compute, experts), num_threads, hash);
   return fmt::format("{} {} {}", hex(hash.digest()), name_of(compute), backend_description());
 }
 
@@ -90,10 +91,11 @@ std::string check_fingerprints(Communicator& world, Stream& stream, DType comput
     different += fmt::format("{}rank {}: {}", different.empty() ? "" : "; ", rank, all[rank]);
   }
   if (different.empty()) return mine;
-  ARCUS_REQUIRE(!reproducible, ExitCode::internal,
-                "ranks compute different bits: rank 0: {}; {}. Use machines of one kind and one set "
-                "of libraries, or set run.reproducible to false",
-                all[0], different);
+  ARCUS_REQUIRE(
+      !reproducible, ExitCode::internal,
+      "ranks compute different bits: rank 0: {}; {}. Use machines of one kind and one set "
+      "of libraries, or set run.reproducible to false",
+      all[0], different);
   if (world.rank() == 0) {
     spdlog::warn("ranks compute different bits: rank 0: {}; {}", all[0], different);
   }

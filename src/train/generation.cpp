@@ -29,7 +29,8 @@ std::int32_t sample_token(std::span<const float> logits, const SamplingOptions& 
   }
   std::size_t kept = 0;
   double mass = 0;
-  while (kept < weight.size() && (kept == 0 || mass < options.top_p * total)) mass += weight[kept++];
+  while (kept < weight.size() && (kept == 0 || mass < options.top_p * total))
+    mass += weight[kept++];
   double target = uniform * mass;
   for (std::size_t i = 0; i < kept; ++i) {
     target -= weight[i];
@@ -53,7 +54,8 @@ class Decoder {
         stats_(instance.transformer().make_stats()) {
     std::size_t longest = 1;
     for (auto& sequence : sequences_) {
-      ARCUS_REQUIRE(!sequence.empty(), ExitCode::usage, "a prompt is empty; give at least one token");
+      ARCUS_REQUIRE(!sequence.empty(), ExitCode::usage,
+                    "a prompt is empty; give at least one token");
       prompt_sizes_.push_back(sequence.size());
       longest = std::max(longest, sequence.size());
       sequence.reserve(sequence.size() + static_cast<std::size_t>(options.max_new_tokens));
@@ -126,9 +128,9 @@ class Decoder {
       auto& sequence = sequences_[b];
       const auto new_tokens = static_cast<std::int64_t>(sequence.size() - prompt_sizes_[b]);
       if (done_[b] || static_cast<std::int64_t>(sequence.size()) != position + 1) continue;
-      const auto id = sample_token(
-          std::span(logits).subspan(b * vocab, vocab), options_,
-          static_cast<double>(rng_.uniform(b, static_cast<std::uint64_t>(position))));
+      const auto id =
+          sample_token(std::span(logits).subspan(b * vocab, vocab), options_,
+                       static_cast<double>(rng_.uniform(b, static_cast<std::uint64_t>(position))));
       done_[b] = id == options_.eos_id || new_tokens + 1 >= options_.max_new_tokens;
       sequence.push_back(id);
       if (on_token) on_token(b, id);

@@ -18,9 +18,9 @@ struct LayerMetrics {
 struct StepTiming {
   double step_ms = 0;
   double tokens_per_s = 0;
-  double comm_ms = 0;            ///< this run's slowest rank waiting in or doing communication
-  std::int64_t comm_bytes = 0;   ///< sent by all ranks
-  double rank_load = 0;          ///< largest / mean of rows processed by a rank's experts
+  double comm_ms = 0;           ///< this run's slowest rank waiting in or doing communication
+  std::int64_t comm_bytes = 0;  ///< sent by all ranks
+  double rank_load = 0;         ///< largest / mean of rows processed by a rank's experts
 };
 
 /// One training step. Everything but `timing` has the same bits at any layout.
@@ -30,15 +30,15 @@ struct StepMetrics {
   double grad_norm = 0;
   double lr = 0;
   std::int64_t tokens = 0;
-  bool applied = true;       ///< false: a non-finite step, skipped
-  std::string bad_tensor;    ///< where it was found, else empty
+  bool applied = true;               ///< false: a non-finite step, skipped
+  std::string bad_tensor;            ///< where it was found, else empty
   std::vector<LayerMetrics> layers;  ///< dense layers have no experts listed
   StepTiming timing;
 };
 
 struct DomainEval {
   std::string domain;
-  double loss = 0;           ///< mean over target tokens, nats
+  double loss = 0;  ///< mean over target tokens, nats
   double ppl = 0;
   double bits_per_byte = 0;
   std::int64_t tokens = 0, bytes = 0;
@@ -50,8 +50,8 @@ struct EvalMetrics {
   double bits_per_byte() const;
 };
 
-/// One line of metrics.jsonl, without the line break. Numbers read back to the same bits; non-finite
-/// ones are the strings "nan", "inf", "-inf".
+/// One line of metrics.jsonl, without the line break. Numbers read back to the same bits;
+/// non-finite ones are the strings "nan", "inf", "-inf".
 std::string to_json_line(const StepMetrics& metrics);
 std::string to_json_line(const EvalMetrics& metrics);
 

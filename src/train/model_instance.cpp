@@ -18,7 +18,8 @@ DispatcherOptions dispatcher_options(const InstanceOptions& o) {
   const std::int64_t train = o.training ? capacity(o.routing.capacity_factor) : 0;
   const std::int64_t eval = capacity(o.routing.eval_capacity_factor);
   // Evaluation uses the same dispatcher, so the looser of the two limits counts.
-  const std::int64_t most = o.training ? (train == 0 || eval == 0 ? 0 : std::max(train, eval)) : eval;
+  const std::int64_t most =
+      o.training ? (train == 0 || eval == 0 ? 0 : std::max(train, eval)) : eval;
   return {.num_experts = o.model.num_experts,
           .max_tokens = tokens,
           .slots_per_token = o.model.topk,
@@ -42,16 +43,16 @@ ModelInstance::ModelInstance(ProcessGroups groups, Stream& stream, const Instanc
   transformer_ = std::make_unique<Transformer>(
       options.model, options.routing, options.training ? micro_batch_tokens() : 0, registry_);
   apply_groups();
-  params_ = std::make_unique<ParamStore>(registry_, options.compute, options.sum_dtype,
-                                         options.training);
+  params_ =
+      std::make_unique<ParamStore>(registry_, options.compute, options.sum_dtype, options.training);
   params_->set_num_micro_batches(options.num_micro_batches);
   dispatcher_ = make_flat_dispatcher(*groups_.ep, dispatcher_options(options));
   const RoundMemory most = round_memory(true);
   saved_ = std::make_unique<Arena>("saved activations", most.saved_bytes);
   scratch_ = std::make_unique<Arena>("scratch", most.scratch_bytes);
   for (const FlatId flat : kFlatIds) {
-    shards_[index_of(flat)] = make_shards(registry_.local_blocks(flat), registry_.flat_size(flat),
-                                          group(flat).size());
+    shards_[index_of(flat)] =
+        make_shards(registry_.local_blocks(flat), registry_.flat_size(flat), group(flat).size());
   }
 }
 
@@ -82,9 +83,8 @@ RoundMemory ModelInstance::round_memory(bool worst) const {
   const std::int64_t padded =
       worst ? dispatcher_->max_padded_rows()
             : padded_rows(rows) + local * groups_.ep->size() * kWgradRowPadding / 2;
-  RoundMemory memory = transformer_->count_round(tokens, rows, padded, *dispatcher_,
-                                                 options_.compute, options_.training,
-                                                 options_.recompute);
+  RoundMemory memory = transformer_->count_round(
+      tokens, rows, padded, *dispatcher_, options_.compute, options_.training, options_.recompute);
   if (options_.training) {
     // Evaluation shares the arenas.
     const RoundMemory eval = transformer_->count_round(tokens, rows, padded, *dispatcher_,
@@ -135,8 +135,8 @@ PrimitiveReport ModelInstance::build_primitives() {
 std::vector<ByteRow> ModelInstance::byte_rows() const {
   const RoundMemory balanced = round_memory(false);
   const RoundMemory worst = round_memory(true);
-  const auto row_bytes = static_cast<std::int64_t>(size_of(options_.compute)) *
-                         options_.model.hidden_size;
+  const auto row_bytes =
+      static_cast<std::int64_t>(size_of(options_.compute)) * options_.model.hidden_size;
   const std::int64_t slots = micro_batch_tokens() * options_.model.topk;
   std::vector<ByteRow> rows{{"parameters", params_->value_bytes(), params_->value_bytes()}};
   if (options_.training) {

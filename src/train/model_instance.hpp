@@ -12,7 +12,7 @@
 namespace arcus {
 
 struct InstanceOptions {
-  ModelConfig model;      ///< resolved
+  ModelConfig model;  ///< resolved
   RoutingConfig routing;
   DType compute = DType::f32;
   DType sum_dtype = DType::i64;
@@ -66,8 +66,8 @@ class ModelInstance {
   PrimitiveReport build_primitives();
   /// Parameters, sums and activations; not the optimizer.
   std::vector<ByteRow> byte_rows() const;
-  /// All rows that this rank holds of every parameter, for reading a checkpoint without an optimizer.
-  /// bf16 models read into `staging`; call finish_reading afterwards.
+  /// All rows that this rank holds of every parameter, for reading a checkpoint without an
+  /// optimizer. bf16 models read into `staging`; call finish_reading afterwards.
   std::vector<StateView> parameter_views();
   void finish_reading();
 

@@ -18,8 +18,8 @@ Optimizer::Optimizer(ModelInstance& instance, const TrainConfig& config)
     flat.begin = instance.shards(id).offsets[rank];
     flat.count = instance.shards(id).counts[rank];
     const auto allocate = [&](const char* name) {
-      flat.memory.push_back(std::make_unique<Arena>(
-          name, flat.count * static_cast<std::int64_t>(size_of(acc))));
+      flat.memory.push_back(
+          std::make_unique<Arena>(name, flat.count * static_cast<std::int64_t>(size_of(acc))));
       return flat.memory.back()->allocate(acc, 1, flat.count);
     };
     flat.master = instance.params().dtype(id) == acc
@@ -32,8 +32,8 @@ Optimizer::Optimizer(ModelInstance& instance, const TrainConfig& config)
   plan_norm();
 }
 
-/// Which (unit, block) every rank contributes, in its order, so that the gathered partial sums can be
-/// added in registry order.
+/// Which (unit, block) every rank contributes, in its order, so that the gathered partial sums can
+/// be added in registry order.
 void Optimizer::plan_norm() {
   const ParamRegistry& registry = instance_->registry();
   const ExpertPartition& experts = instance_->dispatcher().experts();
@@ -94,10 +94,10 @@ double Optimizer::gradient_norm() {
     position += static_cast<std::int64_t>(owned.size());
   }
   const auto total = static_cast<std::int64_t>(norm_parts_.size());
-  stream.wait(instance_->world().all_gather_v(
-      stream, {.buffer = {norm_parts_.data(), DType::f64, 1, total},
-               .counts = norm_counts_,
-               .offsets = norm_offsets_}));
+  stream.wait(
+      instance_->world().all_gather_v(stream, {.buffer = {norm_parts_.data(), DType::f64, 1, total},
+                                               .counts = norm_counts_,
+                                               .offsets = norm_offsets_}));
   double sum = 0;
   for (const NormBlock& block : norm_order_) {
     sum += norm_parts_[static_cast<std::size_t>(block.position)];
@@ -168,10 +168,10 @@ void Optimizer::adopt_parameters() {
     for (const ParamBlock& block : owned) {
       const ParamRow& row = registry.rows()[static_cast<std::size_t>(block.row_idx)];
       const TensorSpec spec = row.spec(DType::f32);
-      initial_values(row, instance_->options().seed,
-                     block.unit * row.unit_elements() +
-                         block.block_in_unit * block_rows(spec) * spec.cols(),
-                     flat.master.col_range(block.begin - flat.begin, block.count));
+      initial_values(
+          row, instance_->options().seed,
+          block.unit * row.unit_elements() + block.block_in_unit * block_rows(spec) * spec.cols(),
+          flat.master.col_range(block.begin - flat.begin, block.count));
     }
   }
 }
@@ -198,11 +198,10 @@ void Optimizer::append_state(const std::string& prefix, TensorView Flat::*member
     const auto owned = instance_->shards(flat.id).owned(instance_->group(flat.id).rank());
     for (const ParamBlock& block : owned) {
       StateView& view = views[first_view + static_cast<std::size_t>(block.row_idx)];
-      const std::int64_t begin = block.unit * view.spec.unit_rows() +
-                                 block.block_in_unit * block_rows(view.spec);
+      const std::int64_t begin =
+          block.unit * view.spec.unit_rows() + block.block_in_unit * block_rows(view.spec);
       const RowRange rows{begin, begin + block.count / view.spec.cols()};
-      if (!view.slices.empty() && view.slices.back().rows.end == begin &&
-          block.block_in_unit > 0) {
+      if (!view.slices.empty() && view.slices.back().rows.end == begin && block.block_in_unit > 0) {
         view.slices.back().rows.end = rows.end;  // the next block of the same unit
         continue;
       }

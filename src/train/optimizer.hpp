@@ -19,8 +19,8 @@ class Optimizer {
   /// The norm over all parameters: blocks added in registry order, dense once, each expert once.
   /// Collective; the same bits on every rank.
   double gradient_norm();
-  /// One update of the owned blocks, then every rank's part to all. `update` counts applied updates,
-  /// this one included (bias correction). Collective.
+  /// One update of the owned blocks, then every rank's part to all. `update` counts applied
+  /// updates, this one included (bias correction). Collective.
   void apply(double lr, double clip_factor, std::int64_t update);
   /// Master weights from the parameters (after initialisation).
   void adopt_parameters();

@@ -37,8 +37,7 @@ void add_advice(const TrainerOptions& options, TrainPlan& plan) {
     plan.advice.push_back(fmt::format(
         "{} micro-batches on {} ranks leave {} idle in the last round of a step; "
         "train.global_batch_seqs = {} would not",
-        plan.micro_batches, plan.num_ranks,
-        plan.rounds * plan.num_ranks - plan.micro_batches,
+        plan.micro_batches, plan.num_ranks, plan.rounds * plan.num_ranks - plan.micro_batches,
         plan.rounds * plan.num_ranks * options.train.micro_batch_seqs));
   }
 }
@@ -47,7 +46,8 @@ void add_advice(const TrainerOptions& options, TrainPlan& plan) {
 
 std::string grouped_digits(std::int64_t value) {
   std::string digits = std::to_string(value);
-  for (auto at = static_cast<std::ptrdiff_t>(digits.size()) - 3; at > (value < 0 ? 1 : 0); at -= 3) {
+  for (auto at = static_cast<std::ptrdiff_t>(digits.size()) - 3; at > (value < 0 ? 1 : 0);
+       at -= 3) {
     digits.insert(static_cast<std::size_t>(at), ",");
   }
   return digits;
@@ -85,17 +85,15 @@ TrainPlan make_plan(const TrainerOptions& options, int num_ranks, std::int64_t e
   plan.micro_batches = options.train.global_batch_seqs / options.train.micro_batch_seqs;
   plan.rounds = MicroBatchSchedule{plan.micro_batches, num_ranks}.rounds();
   plan.micro_batch_tokens = instance.micro_batch_tokens();
-  plan.rows_per_segment =
-      plan.micro_batch_tokens * options.model.topk / options.model.num_experts;
-  plan.capacity = expert_capacity(options.routing.capacity_factor, options.routing.min_capacity,
-                                  options.model.topk, plan.micro_batch_tokens,
-                                  options.model.num_experts);
+  plan.rows_per_segment = plan.micro_batch_tokens * options.model.topk / options.model.num_experts;
+  plan.capacity =
+      expert_capacity(options.routing.capacity_factor, options.routing.min_capacity,
+                      options.model.topk, plan.micro_batch_tokens, options.model.num_experts);
   plan.training_flops_per_token =
       instance.transformer().training_flops_per_token(options.train.seq_len);
   plan.bytes = instance.byte_rows();
-  plan.bytes.insert(plan.bytes.begin() + 2,
-                    {"optimizer (moments, master, gradients)", optimizer.bytes(),
-                     optimizer.bytes()});
+  plan.bytes.insert(plan.bytes.begin() + 2, {"optimizer (moments, master, gradients)",
+                                             optimizer.bytes(), optimizer.bytes()});
   add_advice(options, plan);
   return plan;
 }
@@ -116,8 +114,7 @@ std::string to_text(const TrainPlan& plan) {
       grouped_digits(plan.tokens_per_step), plan.micro_batches,
       grouped_digits(plan.micro_batch_tokens), plan.rounds, plan.rounds == 1 ? "" : "s",
       grouped_digits(plan.rows_per_segment),
-      plan.capacity == 0 ? "dropless"
-                         : fmt::format("at most {}", grouped_digits(plan.capacity)));
+      plan.capacity == 0 ? "dropless" : fmt::format("at most {}", grouped_digits(plan.capacity)));
   text += fmt::format("\n{:<40} {:>12} {:>12}\n", "memory of a rank", "even load", "worst case");
   std::int64_t even = 0;
   std::int64_t worst = 0;

@@ -13,15 +13,15 @@ struct TrainPlan {
   int ep_size = 1;
   int threads_per_rank = 1;
   std::int64_t total_parameters = 0, active_parameters = 0;
-  std::vector<std::int64_t> experts_per_rank;   ///< of the EP group's ranks
+  std::vector<std::int64_t> experts_per_rank;  ///< of the EP group's ranks
   std::int64_t tokens_per_step = 0;
   std::int64_t micro_batches = 0, rounds = 0;
   std::int64_t micro_batch_tokens = 0;
-  std::int64_t rows_per_segment = 0;            ///< T K / E: evenly loaded experts
-  std::int64_t capacity = 0;                    ///< rows per (expert, micro-batch); 0 = dropless
+  std::int64_t rows_per_segment = 0;  ///< T K / E: evenly loaded experts
+  std::int64_t capacity = 0;          ///< rows per (expert, micro-batch); 0 = dropless
   double training_flops_per_token = 0;
-  std::vector<ByteRow> bytes;                   ///< of rank 0
-  std::vector<std::string> advice;              ///< sentences; what could be better
+  std::vector<ByteRow> bytes;       ///< of rank 0
+  std::vector<std::string> advice;  ///< sentences; what could be better
 };
 
 /// `ep_size` 0 = auto. Throws (usage) where the layout is impossible.

@@ -109,9 +109,10 @@ class Run {
       last_save_ = trainer_.steps_done();
     } catch (const Error& error) {
       if (last || error.code() != ExitCode::checkpoint) throw;
-      spdlog::error("the checkpoint of step {} was not saved: {}; training goes on, the previous "
-                    "checkpoint stands",
-                    trainer_.steps_done(), error.what());
+      spdlog::error(
+          "the checkpoint of step {} was not saved: {}; training goes on, the previous "
+          "checkpoint stands",
+          trainer_.steps_done(), error.what());
     }
   }
 

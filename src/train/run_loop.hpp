@@ -20,8 +20,8 @@ struct RunOptions {
 
 /// Calls back into the program that runs the trainer.
 struct RunHooks {
-  /// Saves a checkpoint; collective. An Error from a save that is not the last one is a warning: the
-  /// run goes on and the previous checkpoint stands.
+  /// Saves a checkpoint; collective. An Error from a save that is not the last one is a warning:
+  /// the run goes on and the previous checkpoint stands.
   std::function<void()> save;
   /// True once a signal has asked this rank to stop.
   std::function<bool()> stop_requested;
@@ -30,14 +30,14 @@ struct RunHooks {
 };
 
 enum class RunEnd {
-  finished,   ///< all steps done
-  time_up,    ///< max_minutes reached; resuming goes on
-  stopped,    ///< a signal; resuming goes on
-  diverged,   ///< max_bad_steps non-finite steps in a row
+  finished,  ///< all steps done
+  time_up,   ///< max_minutes reached; resuming goes on
+  stopped,   ///< a signal; resuming goes on
+  diverged,  ///< max_bad_steps non-finite steps in a row
 };
 
-/// Steps until the end, with evaluations, checkpoints and metrics.jsonl (written by rank 0). However
-/// the run ends, everything is saved. Collective.
+/// Steps until the end, with evaluations, checkpoints and metrics.jsonl (written by rank 0).
+/// However the run ends, everything is saved. Collective.
 RunEnd run_training(Trainer& trainer, const BatchSampler& sampler, const TokenDataset& dataset,
                     const DataConfig& data, const RunOptions& options, const RunHooks& hooks);
 

@@ -42,10 +42,9 @@ void validate(const TrainConfig& c) {
                 "set global_batch_seqs to {}",
                 c.global_batch_seqs, c.micro_batch_seqs,
                 (c.global_batch_seqs / c.micro_batch_seqs + 1) * c.micro_batch_seqs);
-  ARCUS_REQUIRE(c.schedule == "cosine" || c.schedule == "wsd" || c.schedule == "constant",
-                ExitCode::usage,
-                "train.schedule is \"{}\"; it must be \"cosine\", \"wsd\" or \"constant\"",
-                c.schedule);
+  ARCUS_REQUIRE(
+      c.schedule == "cosine" || c.schedule == "wsd" || c.schedule == "constant", ExitCode::usage,
+      "train.schedule is \"{}\"; it must be \"cosine\", \"wsd\" or \"constant\"", c.schedule);
   ARCUS_REQUIRE(c.dtype == "f32" || c.dtype == "bf16", ExitCode::usage,
                 "train.dtype is \"{}\"; it must be \"f32\" or \"bf16\"", c.dtype);
   ARCUS_REQUIRE(c.warmup_steps >= 0 && c.warmup_steps <= c.steps, ExitCode::usage,

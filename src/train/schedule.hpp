@@ -24,7 +24,8 @@ struct MicroBatchSchedule {
   }
 };
 
-/// Cross-field rules of [train]; throws (usage) naming the fields, values and a value that would do.
+/// Cross-field rules of [train]; throws (usage) naming the fields, values and a value that would
+/// do.
 void validate(const TrainConfig& config);
 
 }  // namespace arcus

@@ -11,7 +11,8 @@ FlatShards make_shards(std::vector<ParamBlock> blocks, std::int64_t flat_size, i
   // A block goes to the rank in whose equal share of the elements its middle lies.
   const auto owner = [&](const ParamBlock& block) {
     const std::int64_t middle = block.begin + block.count / 2;
-    return std::min<std::int64_t>(num_ranks - 1, middle * num_ranks / std::max<std::int64_t>(1, flat_size));
+    return std::min<std::int64_t>(num_ranks - 1,
+                                  middle * num_ranks / std::max<std::int64_t>(1, flat_size));
   };
   shards.first_block.assign(ranks + 1, shards.blocks.size());
   shards.offsets.assign(ranks, flat_size);

@@ -11,8 +11,8 @@ namespace arcus {
 /// elements [offsets[r], offsets[r] + counts[r]), alignment gaps included.
 struct FlatShards {
   std::vector<std::int64_t> counts, offsets;
-  std::vector<ParamBlock> blocks;            ///< of the whole flat, in memory order
-  std::vector<std::size_t> first_block;      ///< [ranks + 1]: rank r owns blocks [r], [r + 1)
+  std::vector<ParamBlock> blocks;        ///< of the whole flat, in memory order
+  std::vector<std::size_t> first_block;  ///< [ranks + 1]: rank r owns blocks [r], [r + 1)
 
   std::span<const ParamBlock> owned(int rank) const {
     const auto r = static_cast<std::size_t>(rank);

@@ -79,9 +79,9 @@ void Trainer::run_round(const BatchSampler& sampler, std::int64_t round) {
   const std::int64_t number = schedule_.number(round, rank);
   MicroBatch batch = buffers_.idle();
   if (number >= 0) {
-    batch = buffers_.fill(sampler, number, train.micro_batch_seqs,
-                          counters_[kStepsDone] * train.global_batch_seqs +
-                              number * train.micro_batch_seqs);
+    batch = buffers_.fill(
+        sampler, number, train.micro_batch_seqs,
+        counters_[kStepsDone] * train.global_batch_seqs + number * train.micro_batch_seqs);
     batch.loss_scale = 1.0 / static_cast<double>(train.global_batch_seqs * train.seq_len);
     batch.weight = 1.0 / static_cast<double>(schedule_.num_micro_batches);
   }
@@ -111,42 +111,41 @@ void Trainer::run_round(const BatchSampler& sampler, std::int64_t round) {
       std::accumulate(stats_.recv_rows.begin(), stats_.recv_rows.end(), std::int64_t{0});
 }
 
-void Trainer::gather_scalars(StepMetrics& metrics) {
+void Trainer::gather_scalars() {
   Stream& stream = instance_->stream();
   stream.wait(instance_->world().all_gather_v(
-      stream, {.buffer = {scalars_.data(), DType::f64, 1,
-                          static_cast<std::int64_t>(scalars_.size())},
-               .counts = gather_counts_,
-               .offsets = gather_offsets_}));
+      stream,
+      {.buffer = {scalars_.data(), DType::f64, 1, static_cast<std::int64_t>(scalars_.size())},
+       .counts = gather_counts_,
+       .offsets = gather_offsets_}));
   const auto layers = static_cast<std::size_t>(options_.model.num_layers);
   double token_loss = 0;
   for (std::int64_t n = 0; n < schedule_.num_micro_batches; ++n) {
     const std::int64_t rank = n % schedule_.num_ranks;
     const std::int64_t round = n / schedule_.num_ranks;
-    const double* record =
-        scalars_.data() + (rank * schedule_.rounds() + round) * record_size();
+    const double* record = scalars_.data() + (rank * schedule_.rounds() + round) * record_size();
     token_loss += record[0];
     for (std::size_t l = 0; l < layers; ++l) {
-      metrics.aux_loss += record[1 + l];
-      metrics.z_loss += record[1 + layers + l];
-      metrics.layers[l].entropy += record[1 + 2 * layers + l];
+      metrics_.aux_loss += record[1 + l];
+      metrics_.z_loss += record[1 + layers + l];
+      metrics_.layers[l].entropy += record[1 + 2 * layers + l];
     }
   }
-  metrics.ce = token_loss / static_cast<double>(metrics.tokens);
-  metrics.loss = metrics.ce + metrics.aux_loss + metrics.z_loss;
-  for (LayerMetrics& layer : metrics.layers) layer.entropy /= static_cast<double>(metrics.tokens);
+  metrics_.ce = token_loss / static_cast<double>(metrics_.tokens);
+  metrics_.loss = metrics_.ce + metrics_.aux_loss + metrics_.z_loss;
+  for (LayerMetrics& layer : metrics_.layers) layer.entropy /= static_cast<double>(metrics_.tokens);
 }
 
-void Trainer::reduce_counts(StepMetrics& metrics) {
+void Trainer::reduce_counts(std::int64_t sent_before) {
   Stream& stream = instance_->stream();
-  counts_.back() = instance_->sent_bytes() - counts_.back();
+  counts_.back() = instance_->sent_bytes() - sent_before;
   stream.wait(instance_->world().all_reduce(
-      stream, {.buffer = {counts_.data(), DType::i64, 1,
-                          static_cast<std::int64_t>(counts_.size())}}));
+      stream,
+      {.buffer = {counts_.data(), DType::i64, 1, static_cast<std::int64_t>(counts_.size())}}));
   const auto experts = static_cast<std::size_t>(options_.model.num_experts);
-  for (std::size_t l = 0; l < metrics.layers.size(); ++l) {
+  for (std::size_t l = 0; l < metrics_.layers.size(); ++l) {
     if (static_cast<std::int64_t>(l) < options_.model.first_k_dense) continue;
-    LayerMetrics& layer = metrics.layers[l];
+    LayerMetrics& layer = metrics_.layers[l];
     const auto demand = std::span(counts_).subspan(l * experts, experts);
     layer.tokens_per_expert.assign(demand.begin(), demand.end());
     layer.dropped = counts_[stats_.demand.size() + l];
@@ -159,10 +158,9 @@ void Trainer::reduce_counts(StepMetrics& metrics) {
   const auto rows = std::span(counts_).last(static_cast<std::size_t>(schedule_.num_ranks) + 1);
   const auto all = std::accumulate(rows.begin(), rows.end() - 1, std::int64_t{0});
   const auto most = *std::max_element(rows.begin(), rows.end() - 1);
-  metrics.timing.rank_load = all > 0 ? static_cast<double>(most * schedule_.num_ranks) /
-                                           static_cast<double>(all)
-                                     : 1;
-  metrics.timing.comm_bytes = rows.back();
+  metrics_.timing.rank_load =
+      all > 0 ? static_cast<double>(most * schedule_.num_ranks) / static_cast<double>(all) : 1;
+  metrics_.timing.comm_bytes = rows.back();
 }
 
 std::int64_t Trainer::agree(StepRequests& requests) {
@@ -176,54 +174,64 @@ std::int64_t Trainer::agree(StepRequests& requests) {
   return -news[0];
 }
 
-void Trainer::update(StepMetrics& metrics, std::int64_t bad_leaf) {
-  metrics.applied = bad_leaf == kNoBadLeaf && std::isfinite(metrics.loss);
-  if (!metrics.applied) {
+void Trainer::update(std::int64_t bad_leaf) {
+  metrics_.applied = bad_leaf == kNoBadLeaf && std::isfinite(metrics_.loss);
+  if (!metrics_.applied) {
     const std::string where =
         bad_leaf == kNoBadLeaf
             ? "the loss"
-            : fmt::format("{}, micro-batch {}",
-                          instance_->registry().unit_name(bad_leaf >> 32),
+            : fmt::format("{}, micro-batch {}", instance_->registry().unit_name(bad_leaf >> 32),
                           bad_leaf & 0xffffffff);
-    metrics.bad_tensor = where;
-    metrics.grad_norm = std::numeric_limits<double>::quiet_NaN();
+    metrics_.bad_tensor = where;
+    metrics_.grad_norm = std::numeric_limits<double>::quiet_NaN();
     ++counters_[kBadSteps];
-    spdlog::warn("step {} is not finite (first seen in {}); skipped on all ranks, {} in a row",
-                 metrics.step, where, counters_[kBadSteps]);
+    if (instance_->world().rank() == 0) {
+      spdlog::warn("step {} is not finite (first seen in {}); skipped on all ranks, {} in a row",
+                   metrics_.step, where, counters_[kBadSteps]);
+    }
     return;
   }
   counters_[kBadSteps] = 0;
   optimizer_.reduce_gradients();
-  metrics.grad_norm = optimizer_.gradient_norm();
+  metrics_.grad_norm = optimizer_.gradient_norm();
   const double clip = options_.train.grad_clip;
-  const double factor = clip > 0 && metrics.grad_norm > clip
-                            ? static_cast<double>(static_cast<float>(clip / metrics.grad_norm))
+  const double factor = clip > 0 && metrics_.grad_norm > clip
+                            ? static_cast<double>(static_cast<float>(clip / metrics_.grad_norm))
                             : 1;
-  optimizer_.apply(metrics.lr, factor, ++counters_[kUpdates]);
+  optimizer_.apply(metrics_.lr, factor, ++counters_[kUpdates]);
 }
 
-StepMetrics Trainer::step(const BatchSampler& sampler, StepRequests& requests) {
+/// Clears the last step's numbers, keeping their memory.
+void Trainer::start_metrics() {
+  std::vector<LayerMetrics> layers = std::move(metrics_.layers);
+  layers.resize(static_cast<std::size_t>(options_.model.num_layers));
+  for (LayerMetrics& layer : layers) {
+    layer.dropped = 0;
+    layer.entropy = layer.max_mean_load = 0;
+    layer.tokens_per_expert.clear();
+  }
+  metrics_ = StepMetrics{.step = counters_[kStepsDone] + 1,
+                         .lr = learning_rate(options_.train, counters_[kStepsDone]),
+                         .tokens = options_.train.global_batch_seqs * options_.train.seq_len};
+  metrics_.layers = std::move(layers);
+}
+
+const StepMetrics& Trainer::step(const BatchSampler& sampler, StepRequests& requests) {
   const auto begin = std::chrono::steady_clock::now();
-  const auto layers = static_cast<std::size_t>(options_.model.num_layers);
-  StepMetrics metrics;
-  metrics.step = counters_[kStepsDone] + 1;
-  metrics.lr = learning_rate(options_.train, counters_[kStepsDone]);
-  metrics.tokens = options_.train.global_batch_seqs * options_.train.seq_len;
-  metrics.layers.resize(layers);
   const std::int64_t sent_before = instance_->sent_bytes();
+  start_metrics();
   instance_->params().zero_sums();
   std::fill(counts_.begin(), counts_.end(), 0);
   for (std::int64_t round = 0; round < schedule_.rounds(); ++round) run_round(sampler, round);
 
-  gather_scalars(metrics);
-  update(metrics, agree(requests));
-  counts_.back() = sent_before;
-  reduce_counts(metrics);
+  gather_scalars();
+  update(agree(requests));
+  reduce_counts(sent_before);
   ++counters_[kStepsDone];
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
-  metrics.timing.step_ms = seconds.count() * 1e3;
-  metrics.timing.tokens_per_s = static_cast<double>(metrics.tokens) / seconds.count();
-  return metrics;
+  metrics_.timing.step_ms = seconds.count() * 1e3;
+  metrics_.timing.tokens_per_s = static_cast<double>(metrics_.tokens) / seconds.count();
+  return metrics_;
 }
 
 }  // namespace arcus

@@ -32,16 +32,17 @@ struct StepRequests {
   bool time_up = false;  ///< the run's wall-clock limit: save and end
 };
 
-/// One training run on this rank: micro-batches -> reduce -> clip -> AdamW. Collective calls, in step
-/// with the other ranks.
+/// One training run on this rank: micro-batches -> reduce -> clip -> AdamW. Collective calls, in
+/// step with the other ranks.
 class Trainer {
  public:
   using Heartbeat = std::function<void(std::int64_t step, std::int64_t layer, const char* what)>;
 
   Trainer(ModelInstance& instance, const TrainerOptions& options);
 
-  /// One step on the next global batch. `requests` of any rank are seen by all afterwards.
-  StepMetrics step(const BatchSampler& sampler, StepRequests& requests);
+  /// One step on the next global batch; the result is valid until the next one. `requests` of any
+  /// rank are seen by all afterwards.
+  const StepMetrics& step(const BatchSampler& sampler, StepRequests& requests);
   /// Starting values; not needed after loading a checkpoint.
   void initialize();
   /// Logical state for checkpoints: weights, moments, counters. After reading into it call
@@ -61,11 +62,12 @@ class Trainer {
   enum Counter : std::size_t { kStepsDone, kUpdates, kBadSteps, kNumCounters };
 
   void run_round(const BatchSampler& sampler, std::int64_t round);
-  void gather_scalars(StepMetrics& metrics);
-  void reduce_counts(StepMetrics& metrics);
+  void start_metrics();
+  void gather_scalars();
+  void reduce_counts(std::int64_t sent_before);
   /// Agrees on the worst news; returns the key of the first bad leaf or kNoBadLeaf.
   std::int64_t agree(StepRequests& requests);
-  void update(StepMetrics& metrics, std::int64_t bad_leaf);
+  void update(std::int64_t bad_leaf);
   std::int64_t record_size() const;
 
   ModelInstance* instance_;
@@ -75,8 +77,9 @@ class Trainer {
   Transformer::Workspace workspace_;
   BatchBuffers buffers_;
   MicroBatchStats stats_;
-  std::vector<double> scalars_;        ///< [rank, round, record]
-  std::vector<std::int64_t> counts_;   ///< [L * E] demand, [L] dropped, [ranks] rows
+  StepMetrics metrics_;
+  std::vector<double> scalars_;       ///< [rank, round, record]
+  std::vector<std::int64_t> counts_;  ///< [L * E] demand, [L] dropped, [ranks] rows, bytes sent
   std::vector<std::int64_t> gather_counts_, gather_offsets_;
   std::vector<std::int64_t> counters_ = std::vector<std::int64_t>(kNumCounters, 0);
   RoutingObserver observer_;

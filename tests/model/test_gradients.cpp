@@ -59,7 +59,8 @@ class GradientCheck {
       const auto sums = instance_.params().flat_sums(flat).span<double>();
       analytic[index_of(flat)].assign(sums.begin(), sums.end());
     }
-    for (const ParamRow& row : instance_.registry().rows()) check(row, analytic[index_of(row.flat)]);
+    for (const ParamRow& row : instance_.registry().rows())
+      check(row, analytic[index_of(row.flat)]);
   }
   std::int64_t checked() const { return checked_; }
   std::int64_t skipped() const { return skipped_; }
@@ -77,8 +78,10 @@ class GradientCheck {
       for (std::int64_t unit = 0; unit < row.num_units(); ++unit) {
         double* values = flat.as<double>() + row.offset + unit * row.expert_stride;
         for (std::int64_t i = 0; i < row.unit_elements(); ++i) {
-          const double noise = Rng(3, "spread", row.name).normal(static_cast<std::uint64_t>(
-                                   unit * row.unit_elements() + i)) * 0.02;
+          const double noise =
+              Rng(3, "spread", row.name)
+                  .normal(static_cast<std::uint64_t>(unit * row.unit_elements() + i)) *
+              0.02;
           values[i] += row.init == ParamInit::normal ? values[i] * (scale - 1) : noise * scale;
         }
       }
@@ -134,8 +137,8 @@ class GradientCheck {
   }
 
   // Error of the formula: h^4 |f^(5)| / 30 + 1.5 eps |f| / h. With |f| ~ 3 and h = 2e-4 the second
-  // part is 5e-12 for an exactly rounded loss; the loss is a sum of some thousand rounded terms, and
-  // retries divide h by up to 64, so three decades are left.
+  // part is 5e-12 for an exactly rounded loss; the loss is a sum of some thousand rounded terms,
+  // and retries divide h by up to 64, so three decades are left.
   static constexpr double kStep = 2e-4;
   static constexpr double kTolerance = 5e-9;
 
@@ -174,25 +177,48 @@ TEST_P(Gradients, EqualDifferences) {
 const Variant kVariants[] = {
     {"plain", [](SmallModel&) {}},
     {"not_renormalized", [](SmallModel& s) { s.routing.renormalize = false; }},
-    {"top1", [](SmallModel& s) { s.model.topk = 1; s.routing.renormalize = false; }},
+    {"top1",
+     [](SmallModel& s) {
+       s.model.topk = 1;
+       s.routing.renormalize = false;
+     }},
     {"top3_of_4", [](SmallModel& s) { s.model.topk = 3; }},
     {"all_experts", [](SmallModel& s) { s.model.topk = 4; }},
     {"gate_bias", [](SmallModel& s) { s.routing.gate_bias = true; }},
     {"scaled", [](SmallModel& s) { s.routing.routed_scaling_factor = 2.5; }},
     {"drops_by_position", [](SmallModel& s) { s.routing.capacity_factor = 0.75; }},
     {"drops_by_probs",
-     [](SmallModel& s) { s.routing.capacity_factor = 0.5; s.routing.drop_policy = "probs"; }},
+     [](SmallModel& s) {
+       s.routing.capacity_factor = 0.5;
+       s.routing.drop_policy = "probs";
+     }},
     {"drops_renormalized",
-     [](SmallModel& s) { s.routing.capacity_factor = 0.75; s.routing.renormalize_after_drop = true; }},
+     [](SmallModel& s) {
+       s.routing.capacity_factor = 0.75;
+       s.routing.renormalize_after_drop = true;
+     }},
     {"no_losses", [](SmallModel& s) { s.routing.aux_loss = 0; }},
     {"strong_losses",
-     [](SmallModel& s) { s.routing.aux_loss = 0.5; s.routing.z_loss = 0.1; }},
+     [](SmallModel& s) {
+       s.routing.aux_loss = 0.5;
+       s.routing.z_loss = 0.1;
+     }},
     {"sequence_aux",
-     [](SmallModel& s) { s.routing.aux_loss = 0.5; s.routing.aux_scope = "sequence"; }},
+     [](SmallModel& s) {
+       s.routing.aux_loss = 0.5;
+       s.routing.aux_scope = "sequence";
+     }},
     {"shared_expert", [](SmallModel& s) { s.model.num_shared_experts = 1; }},
     {"gated_shared_experts",
-     [](SmallModel& s) { s.model.num_shared_experts = 2; s.model.shared_expert_gate = true; }},
-    {"first_dense", [](SmallModel& s) { s.model.first_k_dense = 1; s.model.dense_ff_size = 10; }},
+     [](SmallModel& s) {
+       s.model.num_shared_experts = 2;
+       s.model.shared_expert_gate = true;
+     }},
+    {"first_dense",
+     [](SmallModel& s) {
+       s.model.first_k_dense = 1;
+       s.model.dense_ff_size = 10;
+     }},
     {"no_qk_norm", [](SmallModel& s) { s.model.qk_norm = "none"; }},
     {"full_qk_norm", [](SmallModel& s) { s.model.qk_norm = "full"; }},
     {"qkv_bias", [](SmallModel& s) { s.model.qkv_bias = true; }},
@@ -200,7 +226,11 @@ const Variant kVariants[] = {
     {"multi_head", [](SmallModel& s) { s.model.num_kv_heads = 4; }},
     {"multi_query", [](SmallModel& s) { s.model.num_kv_heads = 1; }},
     {"tied", [](SmallModel& s) { s.model.tie_embeddings = true; }},
-    {"recompute", [](SmallModel& s) { s.recompute = true; s.routing.capacity_factor = 0.75; }},
+    {"recompute",
+     [](SmallModel& s) {
+       s.recompute = true;
+       s.routing.capacity_factor = 0.75;
+     }},
     {"everything",
      [](SmallModel& s) {
        s.model.num_layers = 3;

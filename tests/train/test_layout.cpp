@@ -1,8 +1,7 @@
-// Law: losses, gradient norms, metrics, routing, drops and the digest of the state have the same bits
-// at any number of ranks (threads here), EP size and number of threads.
+// Law: losses, gradient norms, metrics, routing, drops and the digest of the state have the same
+// bits at any number of ranks (threads here), EP size and number of threads.
 
 #include <gtest/gtest.h>
-
 
 #include "tests/support/training_fixture.hpp"
 

@@ -1,0 +1,111 @@
+// Law: once warm, a step neither allocates memory nor builds a primitive. Every allocation of the
+// process is counted by replacing malloc and its relatives.
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <cerrno>
+
+#include "tests/support/training_fixture.hpp"
+
+// glibc's own entry points, so that counting does not recurse.
+extern "C" {
+void* __libc_malloc(std::size_t);
+void* __libc_calloc(std::size_t, std::size_t);
+void* __libc_realloc(void*, std::size_t);
+void* __libc_memalign(std::size_t, std::size_t);
+}
+
+namespace {
+std::atomic<bool> counting{false};
+std::atomic<std::int64_t> allocations{0};
+std::atomic<std::int64_t> allocated_bytes{0};
+std::atomic<std::int64_t> largest{0};
+
+void count(std::size_t bytes) {
+  if (!counting.load(std::memory_order_relaxed)) return;
+  ++allocations;
+  const auto size = static_cast<std::int64_t>(bytes);
+  allocated_bytes += size;
+  std::int64_t seen = largest.load();
+  while (seen < size && !largest.compare_exchange_weak(seen, size)) {
+  }
+}
+}  // namespace
+
+extern "C" {
+void* malloc(std::size_t bytes) {
+  count(bytes);
+  return __libc_malloc(bytes);
+}
+void* calloc(std::size_t n, std::size_t bytes) {
+  count(n * bytes);
+  return __libc_calloc(n, bytes);
+}
+void* realloc(void* old, std::size_t bytes) {
+  count(bytes);
+  return __libc_realloc(old, bytes);
+}
+void* aligned_alloc(std::size_t alignment, std::size_t bytes) {
+  count(bytes);
+  return __libc_memalign(alignment, bytes);
+}
+void* memalign(std::size_t alignment, std::size_t bytes) {
+  count(bytes);
+  return __libc_memalign(alignment, bytes);
+}
+int posix_memalign(void** out, std::size_t alignment, std::size_t bytes) {
+  count(bytes);
+  *out = __libc_memalign(alignment, bytes);
+  return *out == nullptr ? ENOMEM : 0;
+}
+}
+
+namespace arcus::testing {
+namespace {
+
+struct Counted {
+  std::int64_t allocations, bytes, largest;
+};
+
+Counted count_in_steps(const char* dtype, double capacity_factor, int threads) {
+  const TemporaryFolder folder("arcus_allocation");
+  const TokenDataset dataset = small_dataset(folder.path());
+  TrainerOptions options = small_training();
+  options.train.dtype = dtype;
+  options.routing.capacity_factor = capacity_factor;
+  options.model.num_shared_experts = 1;
+  auto self = make_self_communicator();
+  TrainingRun run(*self, 1, options, dataset, threads);
+  run.trainer().set_observer({});
+  run.trainer().initialize();
+  run.instance().build_primitives();
+  StepRequests requests;
+  for (int step = 0; step < 3; ++step) run.trainer().step(run.sampler(), requests);
+  allocations = allocated_bytes = largest = 0;
+  counting = true;
+  for (int step = 0; step < 5; ++step) run.trainer().step(run.sampler(), requests);
+  counting = false;
+  EXPECT_EQ(late_primitives(run.stream()), 0);
+  return {allocations, allocated_bytes, largest};
+}
+
+TEST(Allocation, TheCounterCounts) {
+  counting = true;
+  std::free(std::malloc(77));
+  counting = false;
+  EXPECT_GE(allocations.load(), 1);
+}
+
+TEST(Allocation, AWarmStepAllocatesNothing) {
+  for (const char* dtype : {"f32", "bf16"}) {
+    for (const double capacity_factor : {0.0, 1.0}) {
+      const Counted counted = count_in_steps(dtype, capacity_factor, 1);
+      EXPECT_EQ(counted.allocations, 0) << dtype << ", capacity_factor " << capacity_factor << ": "
+                                        << counted.bytes << " bytes, largest " << counted.largest;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace arcus::testing
