@@ -29,9 +29,11 @@ struct GemmKey {
 /// f32 (f64 for f64). The primitive must have been built (build_gemm), else it is built on the spot
 /// and counted as late. m, n, k >= 1. Keeps no pointer; never touches Context::scratch.
 ///
-/// With dense operands (strides equal to the columns stored, bit-equal rows whatever M is in f32
-/// and AVX512_BF16) oneDNN runs its batch-reduce kernel. A padded stride of a, b or c makes it fall
-/// back to another one: slower to start, other bits, and a row's bits depend on M there.
+/// With dense operands (strides equal to the columns stored) oneDNN runs its batch-reduce kernel:
+/// it allocates six small nodes (264 bytes in 2.6) in a call, and in f32 and AVX512_BF16 a row has
+/// the same bits whatever M is. A padded stride of a, b or c makes it fall back to another kernel,
+/// which allocates packing buffers (70 KB and more) in every call, gives other bits, and makes a
+/// row's bits depend on M: copy such an operand first.
 void run_gemm(Context& context, int thread, const GemmKey& key, const void* a, const void* b,
               void* c, const void* bias = nullptr);
 
