@@ -2,9 +2,12 @@
 #include <stdlib.h>
 
 #include <algorithm>
+#include <chrono>
 #include <fstream>
 #include <functional>
+#include <iterator>
 #include <numeric>
+#include <thread>
 
 #include "src/base/hdf5.hpp"
 
@@ -121,6 +124,23 @@ TEST_F(Hdf5, ContiguousDataStandsAtItsOffset) {
   std::vector<std::uint16_t> found(1000);
   stream.read(reinterpret_cast<char*>(found.data()), 2000);
   EXPECT_EQ(found, values);
+}
+
+TEST_F(Hdf5, EqualContentGivesEqualBytesAtAnotherTime) {
+  const auto make = [&](const std::string& name) {
+    File file = create(name);
+    file.write("group/x", {2}, ramp<float>(2).data());
+    file.create_growing_dataset("y", DType::f32, {3}, 4);
+    file.write_attribute("text", "abc");
+  };
+  const auto content = [&](const std::string& name) {
+    std::ifstream stream(dir_ / name, std::ios::binary);
+    return std::string(std::istreambuf_iterator<char>(stream), {});
+  };
+  make("a.h5");
+  std::this_thread::sleep_for(std::chrono::milliseconds(1100));  // HDF5 would note seconds
+  make("b.h5");
+  EXPECT_EQ(content("a.h5"), content("b.h5"));
 }
 
 TEST_F(Hdf5, EmptyAndScalarDatasets) {
