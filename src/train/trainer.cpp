@@ -174,26 +174,29 @@ std::int64_t Trainer::agree(StepRequests& requests) {
   return -news[0];
 }
 
+/// Leaves parameters, moments and the count of updates as they are; all ranks come to the same
+/// conclusion.
+void Trainer::skip(const std::string& where) {
+  metrics_.applied = false;
+  metrics_.bad_tensor = where;
+  metrics_.grad_norm = std::numeric_limits<double>::quiet_NaN();
+  ++counters_[kBadSteps];
+  if (instance_->world().rank() != 0) return;
+  spdlog::warn("step {} is not finite (first seen in {}); skipped on all ranks, {} in a row",
+               metrics_.step, where, counters_[kBadSteps]);
+}
+
 void Trainer::update(std::int64_t bad_leaf) {
-  metrics_.applied = bad_leaf == kNoBadLeaf && std::isfinite(metrics_.loss);
-  if (!metrics_.applied) {
-    const std::string where =
-        bad_leaf == kNoBadLeaf
-            ? "the loss"
-            : fmt::format("{}, micro-batch {}", instance_->registry().unit_name(bad_leaf >> 32),
-                          bad_leaf & 0xffffffff);
-    metrics_.bad_tensor = where;
-    metrics_.grad_norm = std::numeric_limits<double>::quiet_NaN();
-    ++counters_[kBadSteps];
-    if (instance_->world().rank() == 0) {
-      spdlog::warn("step {} is not finite (first seen in {}); skipped on all ranks, {} in a row",
-                   metrics_.step, where, counters_[kBadSteps]);
-    }
-    return;
+  if (bad_leaf != kNoBadLeaf) {
+    return skip(fmt::format("{}, micro-batch {}", instance_->registry().unit_name(bad_leaf >> 32),
+                            bad_leaf & 0xffffffff));
   }
-  counters_[kBadSteps] = 0;
+  if (!std::isfinite(metrics_.loss)) return skip("the loss");
   optimizer_.reduce_gradients();
   metrics_.grad_norm = optimizer_.gradient_norm();
+  // Sums that are not order-independent carry no flag.
+  if (!std::isfinite(metrics_.grad_norm)) return skip("the gradient norm");
+  counters_[kBadSteps] = 0;
   const double clip = options_.train.grad_clip;
   const double factor = clip > 0 && metrics_.grad_norm > clip
                             ? static_cast<double>(static_cast<float>(clip / metrics_.grad_norm))

@@ -68,6 +68,7 @@ class Trainer {
   /// Agrees on the worst news; returns the key of the first bad leaf or kNoBadLeaf.
   std::int64_t agree(StepRequests& requests);
   void update(std::int64_t bad_leaf);
+  void skip(const std::string& where);
   std::int64_t record_size() const;
 
   ModelInstance* instance_;
