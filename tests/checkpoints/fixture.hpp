@@ -102,6 +102,7 @@ class RankState {
 
   void fill(std::int64_t step) {
     for (const StateView& view : views_) {
+      if (bytes_of(view.spec) == 0) continue;
       const std::vector<char> whole = content_of(view.spec, step);
       for (const StateSlice& slice : view.slices) {
         std::memcpy(slice.data, whole.data() + offset(view, slice), size(view, slice));
@@ -115,6 +116,7 @@ class RankState {
   std::vector<std::string> differences(std::int64_t step) const {
     std::vector<std::string> names;
     for (const StateView& view : views_) {
+      if (bytes_of(view.spec) == 0) continue;
       const std::vector<char> whole = content_of(view.spec, step);
       for (const StateSlice& slice : view.slices) {
         if (std::memcmp(slice.data, whole.data() + offset(view, slice), size(view, slice)) != 0) {
