@@ -1,12 +1,12 @@
 #include <fmt/format.h>
 
-#include <algorithm>
 #include <filesystem>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
 
 #include "checkpoints/checkpoint.hpp"
+#include "checkpoints/inspect.hpp"
 #include "launch/commands.hpp"
 #include "src/base/error.hpp"
 #include "src/base/hash.hpp"
@@ -25,7 +25,6 @@ struct Arguments {
   bool digest = false;
   bool verify = false;
   bool config = false;
-  bool tensors = false;
 };
 
 constexpr const char* kFooter =
@@ -33,7 +32,7 @@ constexpr const char* kFooter =
     "data set made by `arcus prepare`.\n"
     "\n"
     "Examples:\n"
-    "  arcus inspect runs/first                   # latest checkpoint in short\n"
+    "  arcus inspect runs/first                   # latest checkpoint, every tensor\n"
     "  arcus inspect runs/first --digest          # one hash over all tensors, equal for any "
     "layout\n"
     "  arcus inspect runs/first --config > again.toml\n"
@@ -96,8 +95,8 @@ void print_dataset(const TokenDataset& dataset, const fs::path& path) {
 }
 
 int inspect_dataset(const Arguments& arguments, const fs::path& path) {
-  ARCUS_REQUIRE(!arguments.config && !arguments.tensors, ExitCode::usage,
-                "{} is a data set; --config and --tensors are for checkpoints", path.string());
+  ARCUS_REQUIRE(!arguments.config, ExitCode::usage, "{} is a data set; --config is for checkpoints",
+                path.string());
   const TokenDataset dataset = TokenDataset::open(path, arguments.verify);
   if (arguments.digest) {
     fmt::print("{}\n", hex(dataset.fingerprint()));
@@ -110,61 +109,6 @@ int inspect_dataset(const Arguments& arguments, const fs::path& path) {
   return static_cast<int>(ExitCode::ok);
 }
 
-Json tensor_json(const StoredTensor& tensor) {
-  return {{"name", tensor.spec.name},
-          {"dtype", std::string(name_of(tensor.spec.dtype))},
-          {"shape", tensor.spec.shape},
-          {"bytes", tensor.bytes()},
-          {"hash", hex(tensor.hash())}};
-}
-
-Json checkpoint_json(const Checkpoint& checkpoint) {
-  const CheckpointInfo& info = checkpoint.info;
-  Json json = {{"kind", "checkpoint"},
-               {"path", checkpoint.path.string()},
-               {"step", info.step},
-               {"num_ranks", info.num_ranks},
-               {"digest", hex(checkpoint.digest())},
-               {"bytes", checkpoint.bytes()},
-               {"created_by", info.created_by},
-               {"run_id", info.run_id},
-               {"fingerprint", info.fingerprint},
-               {"config", info.config_text}};
-  for (const StoredFile& file : checkpoint.files) {
-    json["files"].push_back({{"name", file.name}, {"size", file.size}, {"hash", hex(file.hash)}});
-  }
-  for (const StoredTensor& tensor : checkpoint.tensors) {
-    json["tensors"].push_back(tensor_json(tensor));
-  }
-  return json;
-}
-
-std::string shape_text(const std::vector<std::int64_t>& shape) {
-  std::string text;
-  for (const std::int64_t n : shape) text += fmt::format("{}{}", text.empty() ? "" : " x ", n);
-  return text.empty() ? "1" : text;
-}
-
-void print_tensors(const Checkpoint& checkpoint) {
-  fmt::print("\n{:<64} {:<5} {:>20} {:>13}  {}\n", "tensor", "type", "shape", "bytes", "hash");
-  for (const StoredTensor& tensor : checkpoint.tensors) {
-    fmt::print("{:<64} {:<5} {:>20} {:>13}  {}\n", tensor.spec.name, name_of(tensor.spec.dtype),
-               shape_text(tensor.spec.shape), tensor.bytes(), hex(tensor.hash()));
-  }
-}
-
-void print_checkpoint(const Checkpoint& checkpoint) {
-  const CheckpointInfo& info = checkpoint.info;
-  fmt::print("checkpoint   {}\n", checkpoint.path.string());
-  fmt::print("step         {}\n", info.step);
-  fmt::print("digest       {}\n", hex(checkpoint.digest()));
-  fmt::print("size         {} tensors, {:.1f} MB in {} files\n", checkpoint.tensors.size(),
-             static_cast<double>(checkpoint.bytes()) / 1e6, checkpoint.files.size());
-  fmt::print("written by   {} on {} rank{}\n", info.created_by, info.num_ranks,
-             info.num_ranks == 1 ? "" : "s");
-  fmt::print("run          {}\n", info.run_id);
-}
-
 int inspect_checkpoint(const Arguments& arguments, const fs::path& path) {
   const Checkpoint checkpoint = open_checkpoint(locate_checkpoint(path));
   if (arguments.verify) verify_checkpoint(checkpoint);
@@ -173,10 +117,9 @@ int inspect_checkpoint(const Arguments& arguments, const fs::path& path) {
   } else if (arguments.config) {
     fmt::print("{}", checkpoint.info.config_text);
   } else if (arguments.json) {
-    fmt::print("{}\n", checkpoint_json(checkpoint).dump(2));
+    fmt::print("{}\n", describe_json(checkpoint).dump(2));
   } else {
-    print_checkpoint(checkpoint);
-    if (arguments.tensors) print_tensors(checkpoint);
+    fmt::print("{}", describe_text(checkpoint));
     if (arguments.verify) fmt::print("\nall tensors and files are whole\n");
   }
   return static_cast<int>(ExitCode::ok);
@@ -198,7 +141,6 @@ void add_inspect_command(CLI::App& app, Action& action) {
   CLI::Option* json = command->add_flag("--json", args->json, "everything, as JSON");
   command->add_flag("--digest", args->digest, "one hash over the content")->excludes(json);
   command->add_flag("--config", args->config, "the run's configuration")->excludes(json);
-  command->add_flag("--tensors", args->tensors, "a line for every tensor");
   command->add_flag("--verify", args->verify, "read all of it and compare every checksum");
   command->footer(kFooter);
   command->callback([&action, args] { action = [args] { return run_inspect(*args); }; });

@@ -64,6 +64,9 @@ int run(int argc, char** argv) {
   app.get_formatter()->column_width(34);
   Action action;
   add_prepare_command(app, action);
+  add_train_command(app, action);
+  add_eval_command(app, action);
+  add_generate_command(app, action);
   add_inspect_command(app, action);
   add_help_command(app, action);
   try {

@@ -401,6 +401,31 @@ std::string changed_from_defaults(const Config& config) {
   return text;
 }
 
+std::string differences(const Config& before, const Config& after) {
+  Config a = before;
+  Config b = after;
+  std::string text;
+  for (const Section& section : option_table()) {
+    const std::vector<void*> rows_a = section.rows(a);
+    const std::vector<void*> rows_b = section.rows(b);
+    if (rows_a.size() != rows_b.size()) {
+      text += fmt::format("{}: {} rows -> {}\n", section.name, rows_a.size(), rows_b.size());
+      continue;
+    }
+    for (std::size_t i = 0; i < rows_a.size(); ++i) {
+      const std::string prefix =
+          section.is_array ? fmt::format("{}.{}", section.name, i) : section.name;
+      for (const Option& option : section.options) {
+        const std::string value_a = to_toml_text(option, option.get(rows_a[i]));
+        const std::string value_b = to_toml_text(option, option.get(rows_b[i]));
+        if (value_a == value_b) continue;
+        text += fmt::format("{}.{}: {} -> {}\n", prefix, option.name, value_a, value_b);
+      }
+    }
+  }
+  return text;
+}
+
 std::string config_help() {
   std::string text =
       "# Every key with its default; this text is itself a valid configuration file.\n";

@@ -40,6 +40,9 @@ void apply_set(Config& config, const std::string& assignment);
 std::string to_toml(const Config& config);
 /// The keys whose values are not the defaults, one "section.key = value" a line.
 std::string changed_from_defaults(const Config& config);
+/// The keys whose values differ, one "section.key: before -> after" a line; rows of an array count
+/// as one where their number differs.
+std::string differences(const Config& before, const Config& after);
 /// Every key with its default, meaning and allowed values; itself a valid configuration file.
 std::string config_help();
 

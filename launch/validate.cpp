@@ -1,34 +1,12 @@
-#include <cmath>
 #include <regex>
 #include <set>
 
-#include "kernels/gradient.hpp"
 #include "launch/run_config.hpp"
 #include "src/base/error.hpp"
+#include "src/train/schedule.hpp"
 
 namespace arcus {
 namespace {
-
-void validate_batches(const TrainConfig& train) {
-  const std::int64_t micro = train.micro_batch_seqs;
-  const std::int64_t rounded = (train.global_batch_seqs + micro - 1) / micro * micro;
-  ARCUS_REQUIRE(train.global_batch_seqs % micro == 0, ExitCode::usage,
-                "train.global_batch_seqs ({}) must be a multiple of train.micro_batch_seqs ({}); "
-                "set global_batch_seqs to {}",
-                train.global_batch_seqs, micro, rounded);
-}
-
-void validate_schedule(const TrainConfig& train) {
-  ARCUS_REQUIRE(train.warmup_steps <= train.steps, ExitCode::usage,
-                "train.warmup_steps ({}) exceeds train.steps ({}); set warmup_steps to {} or less",
-                train.warmup_steps, train.steps, train.steps / 10);
-
-  const double least_eps = std::ldexp(1.0, 20 - kLeafScaleBits);
-  ARCUS_REQUIRE(train.eps >= least_eps, ExitCode::usage,
-                "train.eps ({}) is below 2^-30 ({:.1e}), the resolution at which gradients are "
-                "summed; set eps to 1e-8",
-                train.eps, least_eps);
-}
 
 void validate_groups(const std::vector<ParamGroupConfig>& groups) {
   for (std::size_t i = 0; i < groups.size(); ++i) {
@@ -71,8 +49,7 @@ void validate_capacity(const Config& config) {
 
 void validate(const Config& config) {
   validate(config.model, config.routing);
-  validate_batches(config.train);
-  validate_schedule(config.train);
+  validate(config.train);
   validate_groups(config.groups);
   validate_domains(config.data.domains);
   validate_capacity(config);

@@ -146,8 +146,8 @@ TEST(RunConfig, CrossFieldRulesNameFieldsValuesAndARemedy) {
        "train.global_batch_seqs (7) must be a multiple of train.micro_batch_seqs (2); set "
        "global_batch_seqs to 8"},
       {{"train.steps=10", "train.warmup_steps=11"},
-       "train.warmup_steps (11) exceeds train.steps (10)"},
-      {{"train.eps=1e-12"}, "set eps to 1e-8"},
+       "train.warmup_steps (11) must be between 0 and train.steps (10)"},
+      {{"train.eps=1e-12"}, "train.eps is 1e-12; with gradients summed in units of 2^-50"},
       {{"train.group.0.lr_scale=2"}, "train.group.0.match is missing"},
       {{"train.group.0.match=\"(\""}, "is no regular expression"},
       {{"data.domain.0.weight=2"}, "data.domain.0.name is missing"},

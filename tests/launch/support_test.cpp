@@ -12,6 +12,7 @@
 #include "launch/session.hpp"
 #include "launch/signals.hpp"
 #include "launch/threads.hpp"
+#include "launch/utf8_stream.hpp"
 #include "launch/version.hpp"
 #include "src/base/error.hpp"
 
@@ -131,6 +132,27 @@ TEST(Session, OnlyInternalErrorsShowWhereTheyCameFrom) {
   EXPECT_EQ(describe_failure(internal).message, "broken (a defect of Arcus, file.cpp:12)");
   EXPECT_EQ(describe_failure(std::runtime_error("odd")).code, ExitCode::internal);
   EXPECT_NE(describe_failure(std::bad_alloc()).message.find("out of memory"), std::string::npos);
+}
+
+TEST(Utf8Stream, WholeCharactersPassWhereverTheBytesAreCut) {
+  const std::string text =
+      "a\u00e9\u4e2d\U0001f600\xff"
+      "b";
+  const std::string expected =
+      "a\u00e9\u4e2d\U0001f600\ufffd"
+      "b";
+  for (std::size_t cut = 0; cut <= text.size(); ++cut) {
+    Utf8Stream stream;
+    std::string out = stream.push(text.substr(0, cut));
+    out += stream.push(text.substr(cut));
+    EXPECT_EQ(out + stream.finish(), expected) << cut;
+  }
+  Utf8Stream stream;
+  EXPECT_EQ(stream.push("x\xe4\xb8"), "x");
+  EXPECT_EQ(stream.push("y"), "\ufffdy");
+  EXPECT_EQ(stream.push("\xe4"), "");
+  EXPECT_EQ(stream.finish(), "\ufffd");
+  EXPECT_EQ(stream.push("\xc0\xaf\xed\xa0\x80"), "\ufffd\ufffd\ufffd\ufffd\ufffd");
 }
 
 TEST(Version, NamesEverythingThatBitsDependOn) {

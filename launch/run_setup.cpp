@@ -1,0 +1,139 @@
+#include "launch/run_setup.hpp"
+
+#include <spdlog/spdlog.h>
+
+#include "launch/threads.hpp"
+#include "src/base/error.hpp"
+
+namespace arcus {
+namespace {
+
+constexpr std::int64_t kVerifyAtStartBytes = std::int64_t{4} << 30;
+
+std::int64_t total_file_bytes(const TokenDataset& dataset) {
+  std::int64_t bytes = 0;
+  for (const DomainRecord& domain : dataset.manifest().domains) {
+    bytes += domain.train.file_bytes + domain.valid.file_bytes;
+  }
+  return bytes;
+}
+
+/// Settings of a stored configuration that say how to run, not what was trained.
+void forget_layout(Config& config) {
+  config.parallel = ParallelConfig();
+  config.run.device = RunConfig().device;
+}
+
+}  // namespace
+
+TrainerOptions trainer_options(const Config& config, const ModelConfig& model) {
+  return {.model = model,
+          .routing = config.routing,
+          .train = config.train,
+          .groups = config.groups,
+          .seed = config.run.seed,
+          .reproducible = config.run.reproducible};
+}
+
+ModelConfig resolve_model(const Config& config, const TokenDataset* dataset) {
+  ARCUS_REQUIRE(config.model.vocab_size > 0 || dataset != nullptr, ExitCode::usage,
+                "model.vocab_size is \"auto\" but no data is given; set run.data or vocab_size "
+                "(256 for bytes)");
+  const std::int64_t data_vocab =
+      dataset != nullptr ? dataset->vocab_size() : config.model.vocab_size;
+  ModelConfig model = resolve(config.model, data_vocab);
+  ARCUS_REQUIRE(model.vocab_size >= data_vocab, ExitCode::data,
+                "the data has a vocabulary of {} but model.vocab_size is {}; set it to {} or "
+                "\"auto\", or prepare the data with another tokenizer",
+                data_vocab, model.vocab_size, data_vocab);
+  return model;
+}
+
+TokenDataset open_dataset(Session& session, const std::filesystem::path& dir) {
+  std::optional<TokenDataset> dataset;
+  // The others read what rank 0 has found whole.
+  session.together([&] {
+    if (!session.is_root()) return;
+    dataset.emplace(TokenDataset::open(dir));
+    if (total_file_bytes(*dataset) <= kVerifyAtStartBytes) {
+      dataset.emplace(TokenDataset::open(dir, /*verify=*/true));
+    } else {
+      spdlog::info("large data: checksums are not compared now; `arcus inspect --verify {}` does",
+                   dir.string());
+    }
+  });
+  session.together([&] {
+    if (!session.is_root()) dataset.emplace(TokenDataset::open(dir));
+  });
+  return std::move(*dataset);
+}
+
+void check_device(const Config& config) {
+  ARCUS_REQUIRE(config.run.device != "cuda", ExitCode::usage,
+                "run.device is \"cuda\" but this binary was built without CUDA; set it to \"auto\" "
+                "or \"cpu\"");
+  ARCUS_REQUIRE(config.parallel.comm != "nccl", ExitCode::usage,
+                "parallel.comm is \"nccl\" but this binary was built without NCCL; set it to "
+                "\"auto\" or \"mpi\"");
+}
+
+void check_same_config(Session& session, const Config& config) {
+  const auto texts = gather_texts(session.comm(), session.stream(), to_toml(config));
+  session.together([&] {
+    for (std::size_t rank = 1; rank < texts.size(); ++rank) {
+      ARCUS_REQUIRE(texts[rank] == texts[0], ExitCode::usage,
+                    "rank {} read another configuration than rank 0; give all ranks the same file "
+                    "and --set options",
+                    rank);
+    }
+  });
+}
+
+LoadedConfig try_load_config(const std::filesystem::path& file,
+                             const std::vector<std::string>& sets) {
+  LoadedConfig loaded;
+  try {
+    loaded.config = load_config(file, sets);
+    validate(loaded.config);
+    check_device(loaded.config);
+  } catch (...) {
+    loaded.error = std::current_exception();
+  }
+  return loaded;
+}
+
+LoadedModel load_model(Session& session, const std::filesystem::path& path,
+                       const std::vector<std::string>& sets, std::int64_t micro_batch_seqs,
+                       std::int64_t seq_len) {
+  LoadedModel loaded;
+  int ep_size = 1;
+  session.together([&] {
+    const Checkpoint checkpoint = open_checkpoint(locate_checkpoint(path));
+    loaded.path = checkpoint.path;
+    loaded.info = checkpoint.info;
+    loaded.config = from_toml(loaded.info.config_text, loaded.path.string() + " (configuration)");
+    forget_layout(loaded.config);
+    for (const std::string& assignment : sets) apply_set(loaded.config, assignment);
+    validate(loaded.config);
+    check_device(loaded.config);
+    ep_size = resolve_ep_size(loaded.config.parallel.ep_size, session.comm().size(),
+                              loaded.config.model.num_experts);
+  });
+  loaded.stream = std::make_unique<Stream>(
+      threads_per_rank(loaded.config.parallel, session.comm(), session.stream()));
+  InstanceOptions options =
+      instance_options(trainer_options(loaded.config, resolve_model(loaded.config, nullptr)));
+  options.training = false;
+  options.num_micro_batches = 1;
+  if (micro_batch_seqs > 0) options.micro_batch_seqs = micro_batch_seqs;
+  if (seq_len > 0) options.seq_len = seq_len;
+  loaded.instance = std::make_unique<ModelInstance>(make_process_groups(session.comm(), ep_size),
+                                                    *loaded.stream, options);
+  const auto views = loaded.instance->parameter_views();
+  load_checkpoint(session.comm(), *loaded.stream, loaded.path, views, Match::subset);
+  loaded.instance->finish_reading();
+  loaded.instance->build_primitives();
+  return loaded;
+}
+
+}  // namespace arcus

@@ -1,0 +1,112 @@
+#include <fmt/format.h>
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "launch/commands.hpp"
+#include "launch/plan.hpp"
+#include "launch/run_setup.hpp"
+#include "launch/session.hpp"
+#include "launch/signals.hpp"
+#include "launch/threads.hpp"
+#include "launch/train_run.hpp"
+#include "src/base/error.hpp"
+#include "src/base/log.hpp"
+
+namespace arcus {
+namespace {
+
+struct Arguments {
+  std::string config;
+  std::vector<std::string> sets;
+  std::string resume = "auto";
+  bool plan = false;
+  int ranks = 1;
+};
+
+constexpr const char* kFooter =
+    "The run lives in [run] dir: checkpoints/, metrics.jsonl, run.log. Started again, it goes on "
+    "from\n"
+    "its latest checkpoint, on any number of ranks. USR1, TERM and Ctrl-C save a checkpoint at "
+    "the\n"
+    "step's end and exit with 75.\n"
+    "\n"
+    "Examples:\n"
+    "  arcus train launch/configs/quickstart.toml --set run.max_minutes=2\n"
+    "  mpirun -np 4 arcus train my.toml --set train.lr=1e-3 --set parallel.ep_size=2\n"
+    "  arcus train my.toml --plan --ranks 16     # what it needs, without starting it\n"
+    "  arcus help config                         # every key of a configuration file";
+
+int print_plan(const Arguments& arguments) {
+  init_log(0, 1);
+  const LoadedConfig loaded = try_load_config(arguments.config, arguments.sets);
+  if (loaded.error) std::rethrow_exception(loaded.error);
+  const Config& config = loaded.config;
+  std::optional<TokenDataset> dataset;
+  if (!config.run.data.empty() &&
+      (config.model.vocab_size == 0 || std::filesystem::exists(config.run.data))) {
+    dataset.emplace(TokenDataset::open(config.run.data));
+  }
+  const TokenDataset* data = dataset ? &*dataset : nullptr;
+  const int threads = config.parallel.threads > 0
+                          ? static_cast<int>(config.parallel.threads)
+                          : std::max(1, available_cores() / arguments.ranks);
+  fmt::print("{}",
+             describe_plan(config, resolve_model(config, data), data, arguments.ranks, threads));
+  return static_cast<int>(ExitCode::ok);
+}
+
+ExitCode train(Session& session, const LoadedConfig& loaded, const Arguments& arguments) {
+  session.together([&] {
+    if (loaded.error) std::rethrow_exception(loaded.error);
+    for (const auto& [name, value] :
+         {std::pair{"dir", &loaded.config.run.dir}, std::pair{"data", &loaded.config.run.data}}) {
+      ARCUS_REQUIRE(!value->empty(), ExitCode::usage,
+                    "run.{0} is not set; set it in {1} or with --set run.{0}=FOLDER", name,
+                    arguments.config);
+    }
+  });
+  check_same_config(session, loaded.config);
+  install_signal_handlers();
+  TrainRun run(session, loaded.config, arguments.resume);
+  return run.run();
+}
+
+int run_train(const Arguments& arguments) {
+  if (arguments.plan) return print_plan(arguments);
+  const LoadedConfig loaded = try_load_config(arguments.config, arguments.sets);
+  return run_session({.reproducible = loaded.config.run.reproducible},
+                     [&](Session& session) { return train(session, loaded, arguments); });
+}
+
+}  // namespace
+
+void add_train_command(CLI::App& app, Action& action) {
+  CLI::App* command = app.add_subcommand("train", "Train a model, or go on with a run");
+  auto args = std::make_shared<Arguments>();
+  command->add_option("config", args->config, "configuration file")
+      ->required()
+      ->type_name("CONFIG.toml");
+  command->add_option("--set", args->sets, "override a key of the file; may be given again")
+      ->expected(1)
+      ->take_all()
+      ->type_name("KEY=VALUE");
+  command
+      ->add_option("--resume", args->resume,
+                   "auto (the run's latest checkpoint), none (start anew), or a checkpoint")
+      ->capture_default_str()
+      ->type_name("WHAT");
+  CLI::Option* plan = command->add_flag(
+      "--plan", args->plan, "print parameters, layout, memory and steps, then exit; needs no MPI");
+  command->add_option("--ranks", args->ranks, "ranks to plan for")
+      ->needs(plan)
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber)
+      ->type_name("N");
+  command->footer(kFooter);
+  command->callback([&action, args] { action = [args] { return run_train(*args); }; });
+}
+
+}  // namespace arcus
