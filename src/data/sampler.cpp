@@ -130,9 +130,8 @@ BatchSampler::Place BatchSampler::place(std::int64_t global_sample) const {
   const std::int64_t epoch = ordinal / domain.num_windows;
   const KeyedPermutation windows(static_cast<std::uint64_t>(domain.num_windows),
                                  subkey(domain.key, epoch));
-  return {
-      domain.idx, epoch,
-      static_cast<std::int64_t>(windows(static_cast<std::uint64_t>(ordinal % domain.num_windows)))};
+  const std::uint64_t window = windows(static_cast<std::uint64_t>(ordinal % domain.num_windows));
+  return {domain.idx, ordinal, epoch, static_cast<std::int64_t>(window)};
 }
 
 void BatchSampler::sample(std::int64_t global_sample, std::span<std::int32_t> tokens,

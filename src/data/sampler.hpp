@@ -33,7 +33,8 @@ class BatchSampler {
   /// Where a sample comes from.
   struct Place {
     std::size_t domain_idx;  ///< in the data set
-    std::int64_t epoch;      ///< of that domain
+    std::int64_t ordinal;    ///< number of the sample among its domain's
+    std::int64_t epoch;      ///< ordinal / num_windows
     std::int64_t window;     ///< tokens [window * seq_len, (window + 1) * seq_len + 1)
   };
   Place place(std::int64_t global_sample) const;

@@ -97,7 +97,29 @@ TEST_P(Sampler, AnEpochShowsEveryWindowOnce) {
   }
 }
 
-TEST_P(Sampler, EpochsAndSeedsHaveOrdersOfTheirOwn) {
+/// Where epochs had one order, window = f(ordinal mod num_windows).
+TEST_P(Sampler, EpochsHaveOrdersOfTheirOwn) {
+  const BatchSampler sampler(data_, config(1, 0), kSeqLen, 9);
+  const std::int64_t num_windows = sampler.num_windows(0);
+  std::vector<std::int64_t> windows(kShareBlock);
+  std::vector<bool> seen(kShareBlock);
+  for (std::int64_t i = 0; i < kShareBlock; ++i) {
+    const auto place = sampler.place(i);
+    windows[static_cast<std::size_t>(place.ordinal)] = place.window;
+    seen[static_cast<std::size_t>(place.ordinal)] = true;
+    EXPECT_EQ(place.epoch, place.ordinal / num_windows);
+  }
+  EXPECT_EQ(std::count(seen.begin(), seen.end(), true), kShareBlock);
+  std::int64_t equal = 0;
+  for (std::int64_t o = 0; o + num_windows < kShareBlock; ++o) {
+    equal +=
+        windows[static_cast<std::size_t>(o)] == windows[static_cast<std::size_t>(o + num_windows)];
+  }
+  // By chance one window in num_windows: about one an epoch.
+  EXPECT_LT(equal, 2 * kShareBlock / num_windows);
+}
+
+TEST_P(Sampler, BlocksAndSeedsHaveOrdersOfTheirOwn) {
   const auto order = [&](std::uint64_t seed, std::int64_t block) {
     const BatchSampler sampler(data_, config(1, 1), kSeqLen, seed);
     std::vector<std::int64_t> windows;
