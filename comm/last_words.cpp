@@ -11,7 +11,7 @@ namespace arcus {
 
 void say_last_words(int rank, int size, ExitCode code, std::string_view message) {
   using std::chrono::milliseconds;
-  constexpr milliseconds kHeadStart(200), kPerRank(20), kCommHeadStart(1500);
+  constexpr milliseconds kHeadStart(500), kPerRank(20), kCommHeadStart(1500);
   // A handler that asks for an orderly stop would keep this process alive after the launcher's
   // TERM.
   std::signal(SIGTERM, SIG_DFL);

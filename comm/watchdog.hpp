@@ -19,13 +19,18 @@ struct Heartbeat {
 /// A thread with a communicator of its own that collects every rank's heartbeat. When no rank has
 /// moved for `stuck_after_s` seconds it names who is late and where, and ends its own process (exit
 /// code 69); it does the same when other ranks are gone. No launcher is relied on.
+///
+/// Destroying it is collective: every rank waits until all have come to that point (or are stuck).
+/// Only while an exception passes through does it return at once.
 class Watchdog {
  public:
   virtual ~Watchdog() = default;
-  /// Called by the trainer as it goes; cheap, callable from the training thread only.
+  /// Called by the trainer as it goes; cheap, callable from the training thread only. Between two
+  /// calls no more than stuck_after_s seconds may pass on all ranks together.
   virtual void beat(std::int64_t step, std::int64_t layer, const char* what) = 0;
 };
-/// `world` must be an MPI communicator (any other gives a watchdog that does nothing). Collective.
+/// `world` must be an MPI communicator of several ranks and stuck_after_s positive (else: a
+/// watchdog that does nothing). Collective.
 std::unique_ptr<Watchdog> make_watchdog(Communicator& world, double stuck_after_s);
 
 }  // namespace arcus

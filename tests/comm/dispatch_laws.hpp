@@ -126,7 +126,9 @@ class Rows {
         cols_(cols),
         stride_(cols + extra_cols),
         data_(static_cast<std::size_t>((rows + spare) * stride_)) {
-    std::memset(static_cast<void*>(data_.data()), 0xff, data_.size() * sizeof(T));
+    if (!data_.empty()) {
+      std::memset(static_cast<void*>(data_.data()), 0xff, data_.size() * sizeof(T));
+    }
   }
   TensorView view() { return {data_.data(), dtype_of<T>(), rows_, cols_, stride_}; }
   void set(std::int64_t i, std::int64_t j, std::int64_t value) {
