@@ -30,4 +30,8 @@ class MpiSession {
   std::unique_ptr<Communicator> world(CommunicatorOptions options = {});
 };
 
+/// The library's own MPI_Alltoallv with these arguments (rows only), complete on return: what
+/// exchanges are measured against. `comm` must be an MPI communicator.
+void library_all_to_all_v(Communicator& comm, const AllToAllV& args);
+
 }  // namespace arcus

@@ -7,6 +7,7 @@
 #include <exception>
 #include <limits>
 
+#include "comm/backends.hpp"
 #include "comm/last_words.hpp"
 #include "comm/reduce.hpp"
 
@@ -167,6 +168,8 @@ MpiComm::MpiComm(MpiHandle comm, CommunicatorOptions options)
       exchange_(size()),
       counts_(static_cast<std::size_t>(size())),
       offsets_(counts_.size()),
+      recv_counts_(counts_.size()),
+      recv_offsets_(counts_.size()),
       pieces_(size() > 1 ? 2 * kPieceBytes : 0) {
   MPI_Comm node = MPI_COMM_NULL;
   ARCUS_MPI(MPI_Comm_split_type(handle(), MPI_COMM_TYPE_SHARED, rank(), MPI_INFO_NULL, &node));
@@ -240,6 +243,24 @@ Event MpiComm::do_all_to_all_v(const AllToAllV& args) {
                 static_cast<std::size_t>(args.send_counts[me] * steps[s].row_bytes));
   }
   return exchange_.active() ? Event(&exchange_) : Event();
+}
+
+void MpiComm::library_all_to_all_v(const AllToAllV& args) {
+  for (std::size_t r = 0; r < counts_.size(); ++r) {
+    counts_[r] = checked_count(args.send_counts[r]);
+    offsets_[r] = checked_count(args.send_offsets[r]);
+    recv_counts_[r] = checked_count(args.recv_counts[r]);
+    recv_offsets_[r] = checked_count(args.recv_offsets[r]);
+  }
+  const MPI_Datatype type = row_type(args.row_bytes);
+  ARCUS_MPI(MPI_Alltoallv(args.send, counts_.data(), offsets_.data(), type, args.recv,
+                          recv_counts_.data(), recv_offsets_.data(), type, handle()));
+}
+
+void library_all_to_all_v(Communicator& comm, const AllToAllV& args) {
+  auto* mpi = dynamic_cast<MpiComm*>(&comm);
+  ARCUS_CHECK(mpi != nullptr, "MPI_Alltoallv needs an MPI communicator");
+  mpi->library_all_to_all_v(args);
 }
 
 Event MpiComm::do_all_reduce(const AllReduce& args) {

@@ -63,6 +63,7 @@ class MpiComm final : public Communicator {
   int node_local_rank() const override { return node_local_rank_; }
   int node_size() const override { return node_size_; }
   MPI_Comm handle() const { return comm_.get(); }
+  void library_all_to_all_v(const AllToAllV& args);
 
  protected:
   Event do_all_to_all_v(const AllToAllV& args) override;
@@ -85,8 +86,9 @@ class MpiComm final : public Communicator {
   int node_size_ = 1;
   MpiExchange exchange_;
   std::vector<std::pair<std::int64_t, MPI_Datatype>> row_types_;
-  std::vector<int> counts_, offsets_;  ///< of MPI_Allgatherv
-  std::vector<char> pieces_;           ///< two incoming pieces of reduce_scatter_v
+  std::vector<int> counts_, offsets_;  ///< of MPI_Allgatherv, sending side of MPI_Alltoallv
+  std::vector<int> recv_counts_, recv_offsets_;
+  std::vector<char> pieces_;  ///< two incoming pieces of reduce_scatter_v
 };
 
 }  // namespace arcus

@@ -52,6 +52,22 @@ TEST(Mpi, ExchangeMovesOnWhilePolled) {
   EXPECT_EQ(wrong, 0);
 }
 
+TEST(Mpi, LibraryExchangeMovesTheSameRows) {
+  const auto comm = test_session().world();
+  const auto size = static_cast<std::size_t>(comm->size());
+  const laws::Counts counts(size, 2), offsets = laws::prefix_sum(counts);
+  std::vector<std::int64_t> send(size * 2), recv(send.size());
+  for (std::size_t i = 0; i < send.size(); ++i) {
+    send[i] = laws::code(comm->rank(), static_cast<int>(i / 2), static_cast<int>(i % 2));
+  }
+  library_all_to_all_v(*comm, {send.data(), counts, offsets, recv.data(), counts, offsets, 8});
+  for (std::size_t i = 0; i < recv.size(); ++i) {
+    EXPECT_EQ(recv[i], laws::code(static_cast<int>(i / 2), comm->rank(), static_cast<int>(i % 2)));
+  }
+  const AllToAllV rows = {send.data(), counts, offsets, recv.data(), counts, offsets, 8};
+  EXPECT_THROW(library_all_to_all_v(*make_self_communicator(), rows), Error);
+}
+
 TEST(Mpi, KnowsItsNode) {
   const auto comm = test_session().world();
   EXPECT_EQ(comm->node_size(), comm->size());  // tests run on one node
