@@ -66,6 +66,16 @@ void scan_file(const DocumentRule& rule, std::uint32_t file_idx, ScannedDomain& 
                 name);
 }
 
+/// Hash of text [begin, end) of a file that was checked before, letting go of its pages.
+std::uint64_t hash_text_of(const MappedFile& file, std::size_t begin, std::size_t end) {
+  StreamHash hash;
+  for (std::size_t at = begin; at < end; at += kBlockBytes) {
+    hash.update(file.bytes().data() + at, std::min(kBlockBytes, end - at));
+    file.release_before(at);
+  }
+  return hash.digest();
+}
+
 std::uint64_t keyed(const Rng& rng, std::uint64_t high, std::uint64_t low) {
   const auto words = rng.words(high, low);
   return (std::uint64_t{words[1]} << 32) | words[0];
@@ -103,9 +113,9 @@ void cut_single_document(const PrepareOptions& options, ScannedDomain& domain, s
   }
   ScannedDocument held_out = whole;
   whole.end = whole.begin + cut;
-  whole.hash = hash_text(text.substr(0, cut));
+  whole.hash = hash_text_of(file, whole.begin, whole.end);
   held_out.begin = whole.end;
-  held_out.hash = hash_text(text.substr(cut));
+  held_out.hash = hash_text_of(file, held_out.begin, held_out.end);
   held_out.fate = Fate::valid;
   report.notes.push_back(fmt::format("it is one document: its last {} of {} bytes are held out",
                                      text.size() - cut, text.size()));
