@@ -1,12 +1,13 @@
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <filesystem>
 #include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "launch/commands.hpp"
-#include "launch/plan.hpp"
 #include "launch/run_setup.hpp"
 #include "launch/session.hpp"
 #include "launch/signals.hpp"
@@ -14,6 +15,7 @@
 #include "launch/train_run.hpp"
 #include "src/base/error.hpp"
 #include "src/base/log.hpp"
+#include "src/train/plan.hpp"
 
 namespace arcus {
 namespace {
@@ -53,8 +55,8 @@ int print_plan(const Arguments& arguments) {
   const int threads = config.parallel.threads > 0
                           ? static_cast<int>(config.parallel.threads)
                           : std::max(1, available_cores() / arguments.ranks);
-  fmt::print("{}",
-             describe_plan(config, resolve_model(config, data), data, arguments.ranks, threads));
+  const TrainerOptions options = trainer_options(config, resolve_model(config, data));
+  fmt::print("{}", to_text(make_plan(options, arguments.ranks, config.parallel.ep_size, threads)));
   return static_cast<int>(ExitCode::ok);
 }
 

@@ -2,14 +2,12 @@
 
 #include <fmt/format.h>
 #include <spdlog/spdlog.h>
-#include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <fstream>
 #include <random>
 
-#include "launch/fingerprint.hpp"
-#include "launch/plan.hpp"
 #include "launch/run_setup.hpp"
 #include "launch/signals.hpp"
 #include "launch/threads.hpp"
@@ -17,7 +15,8 @@
 #include "src/base/error.hpp"
 #include "src/base/hash.hpp"
 #include "src/base/log.hpp"
-#include "src/train/evaluation.hpp"
+#include "src/train/fingerprint.hpp"
+#include "src/train/plan.hpp"
 
 namespace arcus {
 namespace {
@@ -59,8 +58,7 @@ TrainRun::TrainRun(Session& session, const Config& config, const std::string& re
     : session_(session),
       config_(config),
       dir_(config.run.dir),
-      dataset_(open_dataset(session, config.run.data)),
-      trace_(config.run.dir, session.rank()) {
+      dataset_(open_dataset(session, config.run.data)) {
   session_.together([&] {
     config_.model.vocab_size = resolve_model(config_, &dataset_).vocab_size;
     resolve_ep_size(config_.parallel.ep_size, session_.comm().size(), config_.model.num_experts);
@@ -74,9 +72,7 @@ TrainRun::TrainRun(Session& session, const Config& config, const std::string& re
   build();
   restore(resume);
   session_.together([&] {
-    if (!session_.is_root()) return;
-    metrics_ = std::make_unique<MetricsFile>(dir_ / "metrics.jsonl", trainer_->steps_done());
-    std::ofstream(dir_ / "config.toml") << to_toml(config_);
+    if (session_.is_root()) std::ofstream(dir_ / "config.toml") << to_toml(config_);
   });
 }
 
@@ -92,7 +88,7 @@ void TrainRun::open_folder(const std::string& resume) {
 
 /// What an earlier run left is moved aside: nothing is lost, nothing is mixed up.
 void TrainRun::start_afresh() {
-  for (const char* name : {"checkpoints", "metrics.jsonl", "run.log", "routing"}) {
+  for (const char* name : {"checkpoints", "metrics.jsonl", "run.log", "trace"}) {
     const fs::path old = dir_ / name;
     if (!fs::exists(old)) continue;
     const fs::path aside = free_name(old);
@@ -106,15 +102,16 @@ void TrainRun::print_plan() {
     if (!session_.is_root()) return;
     const std::string changed = changed_from_defaults(config_);
     if (!changed.empty()) log_lines("configuration, other than the defaults:\n" + changed);
-    log_lines(describe_plan(config_, resolve_model(config_, &dataset_), &dataset_,
-                            session_.comm().size(), stream_->num_threads()));
+    const TrainerOptions options = trainer_options(config_, resolve_model(config_, &dataset_));
+    log_lines(to_text(make_plan(options, session_.comm().size(), config_.parallel.ep_size,
+                                stream_->num_threads())));
   });
 }
 
 void TrainRun::build() {
   const TrainerOptions options = trainer_options(config_, resolve_model(config_, &dataset_));
-  session_.together([&] { fingerprint_ = numeric_fingerprint(options, *stream_); });
-  check_fingerprints(session_.comm(), *stream_, fingerprint_, config_.run.reproducible);
+  fingerprint_ = check_fingerprints(session_.comm(), *stream_, dtype_from_name(options.train.dtype),
+                                    options.reproducible);
   const int ep_size =
       resolve_ep_size(config_.parallel.ep_size, session_.comm().size(), config_.model.num_experts);
   instance_ = std::make_unique<ModelInstance>(make_process_groups(session_.comm(), ep_size),
@@ -144,7 +141,6 @@ void TrainRun::restore(const std::string& resume) {
   session_.together([&] { check_resumed(resumed->info); });
   trainer_->finish_reading();
   run_id_ = resumed->info.run_id;
-  saved_step_ = trainer_->steps_done();
   if (session_.is_root()) {
     spdlog::info("going on from {} (step {} of {})", resumed->path.string(), trainer_->steps_done(),
                  config_.train.steps);
@@ -179,56 +175,40 @@ void TrainRun::check_resumed(const CheckpointInfo& info) {
   if (!changes.empty()) log_lines("changed since the checkpoint:\n" + changes);
 }
 
-bool TrainRun::is_due(std::int64_t every) const {
-  return every > 0 && trainer_->steps_done() % every == 0;
+RunOptions TrainRun::run_options() const {
+  return {.eval = config_.eval,
+          .checkpoint = config_.checkpoint,
+          .max_minutes = config_.run.max_minutes,
+          .max_bad_steps = config_.run.max_bad_steps,
+          .trace_routing_every = config_.run.trace_routing_every,
+          .run_dir = dir_};
 }
 
-bool TrainRun::time_is_up() const {
-  const std::chrono::duration<double, std::ratio<60>> minutes = Clock::now() - start_;
-  return config_.run.max_minutes > 0 && minutes.count() >= config_.run.max_minutes;
+RunHooks TrainRun::hooks() {
+  return {.save = [this] { save(); },
+          .stop_requested = [] { return stop_requested(); },
+          .on_step = [this](const StepMetrics& metrics) { on_step(metrics); },
+          .on_eval = [this](const EvalMetrics& metrics) { on_eval(metrics); }};
 }
 
-bool TrainRun::is_traced(std::int64_t step) const {
-  return config_.run.trace_routing_every > 0 && step % config_.run.trace_routing_every == 0;
-}
-
-StepMetrics TrainRun::train_step(StepRequests& requests) {
-  const std::int64_t step = trainer_->steps_done() + 1;
-  if (!is_traced(step)) return trainer_->step(*sampler_, requests);
-  session_.together([&] { trace_.begin_step(step); });
-  trainer_->set_observer([this](std::int64_t layer, const MicroBatch& batch,
-                                const Routing& routing) { trace_.record(layer, batch, routing); });
-  StepMetrics metrics = trainer_->step(*sampler_, requests);
-  trainer_->set_observer({});
-  session_.together([&] { trace_.end_step(); });
-  return metrics;
-}
-
-void TrainRun::report(const StepMetrics& metrics) {
-  if (!session_.is_root()) return;
-  metrics_->write(to_json_line(metrics));
+void TrainRun::on_step(const StepMetrics& metrics) {
+  if (!progress_) return;
   progress_->update(
       {metrics.step, metrics.loss, metrics.timing.tokens_per_s, largest_load(metrics)});
 }
 
-void TrainRun::evaluate_now() {
-  if (evaluated_step_ == trainer_->steps_done()) return;
+void TrainRun::on_eval(const EvalMetrics& metrics) {
   watchdog_->beat(trainer_->steps_done(), 0, "evaluation");
-  const EvalMetrics eval = evaluate(*instance_, dataset_, config_.data, {}, config_.eval.batches,
-                                    trainer_->steps_done());
-  evaluated_step_ = trainer_->steps_done();
-  if (!session_.is_root()) return;
-  metrics_->write(to_json_line(eval));
+  if (!progress_) return;
   progress_->clear();
-  std::string text = fmt::format("held out, step {}:", eval.step);
-  for (const DomainEval& d : eval.domains) {
+  std::string text = fmt::format("held out, step {}:", metrics.step);
+  for (const DomainEval& d : metrics.domains) {
     text += fmt::format("  {} {:.3f} bits/byte", d.domain, d.bits_per_byte);
   }
   spdlog::info("{}", text);
 }
 
 void TrainRun::save() {
-  if (saved_step_ == trainer_->steps_done()) return;
   const Tokenizer& tokenizer = dataset_.tokenizer();
   CheckpointInfo info{.step = trainer_->steps_done(),
                       .config_text = to_toml(config_),
@@ -246,56 +226,41 @@ void TrainRun::save() {
                             }};
   const SaveReport report =
       save_checkpoint(session_.comm(), *stream_, dir_, info, trainer_->state(), options);
-  saved_step_ = trainer_->steps_done();
-  if (!session_.is_root()) return;
+  if (!progress_) return;
   progress_->clear();
   spdlog::info("saved {} ({:.1f} MB)", report.path.string(),
                static_cast<double>(report.bytes) / 1e6);
 }
 
-void TrainRun::stop_if_diverging() {
-  const std::int64_t bad = trainer_->bad_steps_in_a_row();
-  if (bad < config_.run.max_bad_steps) return;
-  save();
-  session_.together([&] {
-    ARCUS_FAIL(ExitCode::usage,
-               "{} non-finite steps in a row (run.max_bad_steps); everything is saved in {}; lower "
-               "train.lr ({}) or train.grad_clip ({}), or go on from an earlier checkpoint",
-               bad, dir_.string(), config_.train.lr, config_.train.grad_clip);
-  });
+ExitCode TrainRun::finish(RunEnd end) {
+  if (progress_) progress_->clear();
+  const std::int64_t done = trainer_->steps_done();
+  if (end == RunEnd::diverged) {
+    session_.together([&] {
+      ARCUS_FAIL(ExitCode::usage,
+                 "{} non-finite steps in a row (run.max_bad_steps) at step {}; everything is saved "
+                 "in {}; lower train.lr ({}) or train.grad_clip ({}), or go on from an earlier "
+                 "checkpoint",
+                 trainer_->bad_steps_in_a_row(), done, dir_.string(), config_.train.lr,
+                 config_.train.grad_clip);
+    });
+  }
+  if (session_.is_root()) {
+    const char* const what = end == RunEnd::finished  ? "done"
+                             : end == RunEnd::time_up ? "time is up, saved"
+                                                      : "stopped by a signal, saved";
+    spdlog::info("{} at step {} of {}{}", what, done, config_.train.steps,
+                 end == RunEnd::finished ? "" : "; the same command goes on from there");
+  }
+  return end == RunEnd::stopped ? ExitCode::interrupted : ExitCode::ok;
 }
 
 ExitCode TrainRun::run() {
-  start_ = Clock::now();
   if (session_.is_root()) {
     progress_ = std::make_unique<ProgressLine>(stderr, trainer_->steps_done(), config_.train.steps,
                                                config_.run.max_minutes);
   }
-  StepRequests requests;
-  while (trainer_->steps_done() < config_.train.steps && !requests.stop && !requests.time_up) {
-    requests = {.stop = stop_requested(), .time_up = session_.is_root() && time_is_up()};
-    const StepMetrics metrics = train_step(requests);
-    report(metrics);
-    stop_if_diverging();
-    if (is_due(config_.eval.every)) evaluate_now();
-    if (is_due(config_.checkpoint.every)) save();
-  }
-  if (requests.stop && trainer_->steps_done() < config_.train.steps) {
-    save();
-    if (session_.is_root()) {
-      spdlog::info("stopped by a signal at step {}; the same command goes on from there",
-                   trainer_->steps_done());
-    }
-    return ExitCode::interrupted;
-  }
-  save();
-  evaluate_now();
-  if (session_.is_root()) {
-    progress_->clear();
-    spdlog::info("{} at step {} of {}", requests.time_up ? "time is up" : "done",
-                 trainer_->steps_done(), config_.train.steps);
-  }
-  return ExitCode::ok;
+  return finish(run_training(*trainer_, *sampler_, dataset_, config_.data, run_options(), hooks()));
 }
 
 }  // namespace arcus

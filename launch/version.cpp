@@ -83,10 +83,6 @@ std::string header_libraries() {
 
 std::string version_line() { return fmt::format("{} ({})", ARCUS_VERSION, kGitCommit); }
 
-std::string arithmetic_libraries() {
-  return fmt::format("{}, {}, {}", effective_isa(), compiled_vectors(), onednn_version());
-}
-
 std::string version_text() {
   return fmt::format(
       "arcus {}\n"
