@@ -67,7 +67,7 @@ ARCUS_DECLARE_OP(attention_backward, AttentionBackward)
 
 /// Primitives for the two ops above, built ahead (see build_primitives).
 PrimitiveReport build_attention_primitives(Stream& stream, const AttentionShape& shape,
-                                           DType compute, std::int64_t v_stride, bool training);
+                                           DType compute, bool training);
 
 /// Decoding with a KV cache: one new position for each of B sequences, plain dot products.
 struct AttentionDecode {

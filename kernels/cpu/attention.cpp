@@ -11,6 +11,7 @@
 #include "kernels/cpu/math.hpp"
 #include "kernels/cpu/parallel.hpp"
 #include "kernels/cpu/rows.hpp"
+#include "kernels/cpu/transpose.hpp"
 
 namespace arcus::cpu {
 namespace {
@@ -31,64 +32,48 @@ Block block_at(const AttentionShape& shape, std::int64_t begin) {
 std::int64_t most_rows(const AttentionShape& shape) {
   return std::min(kBlockPositions, shape.seq_len) * shape.group();
 }
-/// Row stride of scores: a little more than the keys, so that rows do not alias in the cache.
-std::int64_t score_stride(const AttentionShape& shape) { return (shape.seq_len + 31) / 16 * 16; }
-
-/// The products of one block.
+/// The products of one block. All operands are dense and none of the first ones is transposed: for
+/// others oneDNN falls back to a kernel that allocates.
 class Products {
  public:
-  Products(const AttentionShape& shape, DType compute, std::int64_t v_stride)
-      : compute_(compute),
-        sum_(accumulate_dtype(compute)),
-        dim_(shape.head_dim),
-        stride_(score_stride(shape)),
-        v_stride_(v_stride) {}
+  Products(const AttentionShape& shape, DType compute)
+      : compute_(compute), sum_(accumulate_dtype(compute)), dim_(shape.head_dim) {}
 
-  /// q k^T
-  GemmKey scores(const Block& b) const { return against_keys(b, dim_); }
+  /// q k^T, dout v^T
+  GemmKey against_keys(const Block& b) const {
+    GemmKey key = base(sum_);
+    key.transpose_b = true;
+    key.m = b.rows;
+    key.n = key.ldc = b.keys();
+    key.k = key.lda = key.ldb = dim_;
+    return key;
+  }
   /// P v
-  GemmKey values(const Block& b) const { return over_keys(b, v_stride_, sum_); }
-  /// dout v^T
-  GemmKey dprobs(const Block& b) const { return against_keys(b, v_stride_); }
+  GemmKey values(const Block& b) const { return over_keys(b, sum_); }
   /// dq = dS k
-  GemmKey dq(const Block& b) const { return over_keys(b, dim_, compute_); }
-  /// dv += P^T dout, dk += dS^T q
+  GemmKey dq(const Block& b) const { return over_keys(b, compute_); }
+  /// dv += P^T dout, dk += dS^T q, given the transposes of P and dS
   GemmKey dkey(const Block& b) const {
     GemmKey key = base(sum_);
-    key.transpose_a = true;
     key.accumulate = true;
     key.m = b.keys();
-    key.n = dim_;
-    key.k = b.rows;
-    key.lda = stride_;
-    key.ldb = key.ldc = dim_;
+    key.n = key.ldb = key.ldc = dim_;
+    key.k = key.lda = b.rows;
     return key;
   }
 
  private:
   GemmKey base(DType result) const { return {.ab_dtype = compute_, .c_dtype = result}; }
-  GemmKey against_keys(const Block& b, std::int64_t ldb) const {
-    GemmKey key = base(sum_);
-    key.transpose_b = true;
-    key.m = b.rows;
-    key.n = b.keys();
-    key.k = key.lda = dim_;
-    key.ldb = ldb;
-    key.ldc = stride_;
-    return key;
-  }
-  GemmKey over_keys(const Block& b, std::int64_t ldb, DType result) const {
+  GemmKey over_keys(const Block& b, DType result) const {
     GemmKey key = base(result);
     key.m = b.rows;
-    key.n = key.ldc = dim_;
-    key.k = b.keys();
-    key.lda = stride_;
-    key.ldb = ldb;
+    key.n = key.ldb = key.ldc = dim_;
+    key.k = key.lda = b.keys();
     return key;
   }
 
   DType compute_, sum_;
-  std::int64_t dim_, stride_, v_stride_;
+  std::int64_t dim_;
 };
 
 /// Cuts arrays from one piece of scratch memory; with no memory it only adds up their sizes.
@@ -114,30 +99,34 @@ template <class T, class A = Acc<T>>
 struct ForwardScratch {
   ForwardScratch(const AttentionShape& shape, Cutter& cutter) {
     const std::int64_t rows = most_rows(shape);
-    scores = cutter.take<A>(rows * score_stride(shape));
+    scores = cutter.take<A>(rows * shape.seq_len);
     if constexpr (std::is_same_v<T, A>) {
       probs = scores;
     } else {
-      probs = cutter.take<T>(rows * score_stride(shape));
+      probs = cutter.take<T>(rows * shape.seq_len);
     }
+    v = cutter.take<T>(shape.seq_len * shape.head_dim);
     out = cutter.take<A>(rows * shape.head_dim);
     inv_sum = cutter.take<A>(rows);
   }
   A* scores;
   T* probs;
+  T* v;
   A* out;
   A* inv_sum;
 };
 template <class T, class A = Acc<T>>
 struct BackwardScratch : ForwardScratch<T> {
   BackwardScratch(const AttentionShape& shape, Cutter& cutter) : ForwardScratch<T>(shape, cutter) {
-    dprobs = cutter.take<A>(most_rows(shape) * score_stride(shape));
+    dprobs = cutter.take<A>(most_rows(shape) * shape.seq_len);
+    transposed = cutter.take<T>(most_rows(shape) * shape.seq_len);
     dout = cutter.take<T>(most_rows(shape) * shape.head_dim);
     delta = cutter.take<A>(most_rows(shape));
     dk = cutter.take<A>(shape.seq_len * shape.head_dim);
     dv = cutter.take<A>(shape.seq_len * shape.head_dim);
   }
   A* dprobs;
+  T* transposed;
   T* dout;
   A* delta;
   A* dk;
@@ -192,6 +181,17 @@ void store_probs(T* probs, const A* row, const Visible& visible, std::int64_t ke
   std::fill(probs + visible.end, probs + keys, T{});
 }
 
+/// The problem's values side by side.
+template <class T, class Args>
+void gather_v(const Args& args, const Problem& problem, T* v) {
+  const std::int64_t dim = args.shape.head_dim;
+  for (std::int64_t s = 0; s < args.shape.seq_len; ++s) {
+    const T* row =
+        args.v.template row<T>(problem.token(args.shape) + s) + problem.key_col(args.shape);
+    std::copy(row, row + dim, v + s * dim);
+  }
+}
+
 // ---- forward ---------------------------------------------------------------------------------
 
 /// row = exp(scale * row - maximum) over the visible keys; returns its sum, gives the log-sum-exp.
@@ -213,7 +213,7 @@ template <class T, class A = Acc<T>>
 void softmax_block(const AttentionForward& args, const Problem& problem, const Block& block,
                    const ForwardScratch<T>& scratch) {
   const std::int64_t group = args.shape.group();
-  const std::int64_t stride = score_stride(args.shape);
+  const std::int64_t stride = block.keys();
   const A scale = A(1) / std::sqrt(static_cast<A>(args.shape.head_dim));
   const std::int64_t first_row = problem.query_row(args.shape) + block.begin * group;
   for (std::int64_t r = 0; r < block.rows; ++r) {
@@ -245,17 +245,17 @@ template <class T>
 void forward_problem(Stream& stream, int thread, const AttentionForward& args,
                      const Problem& problem) {
   const AttentionShape& shape = args.shape;
-  const Products products(shape, dtype_of<T>(), args.v.stride);
+  const Products products(shape, dtype_of<T>());
   const auto scratch = scratch_of<ForwardScratch<T>>(stream, thread, shape);
   const T* q = args.q.row<T>(problem.query_row(shape));
   const T* k = args.k.row<T>(problem.key_row(shape));
-  const T* v = args.v.row<T>(problem.token(shape)) + problem.key_col(shape);
+  gather_v<T>(args, problem, scratch.v);
   for (std::int64_t begin = 0; begin < shape.seq_len; begin += kBlockPositions) {
     const Block block = block_at(shape, begin);
     const T* q_block = q + begin * shape.group() * shape.head_dim;
-    run_gemm(stream.cpu(), thread, products.scores(block), q_block, k, scratch.scores);
+    run_gemm(stream.cpu(), thread, products.against_keys(block), q_block, k, scratch.scores);
     softmax_block<T>(args, problem, block, scratch);
-    run_gemm(stream.cpu(), thread, products.values(block), scratch.probs, v, scratch.out);
+    run_gemm(stream.cpu(), thread, products.values(block), scratch.probs, scratch.v, scratch.out);
     store_out<T>(args, problem, block, scratch);
   }
 }
@@ -282,7 +282,7 @@ template <class T, class A = Acc<T>>
 void recompute_probs(const AttentionBackward& args, const Problem& problem, const Block& block,
                      const BackwardScratch<T>& scratch) {
   const std::int64_t group = args.shape.group();
-  const std::int64_t stride = score_stride(args.shape);
+  const std::int64_t stride = block.keys();
   const A scale = A(1) / std::sqrt(static_cast<A>(args.shape.head_dim));
   const std::int64_t first_row = problem.query_row(args.shape) + block.begin * group;
   for (std::int64_t r = 0; r < block.rows; ++r) {
@@ -301,7 +301,7 @@ template <class T, class A = Acc<T>>
 void dscores_block(const AttentionBackward& args, const Problem& problem, const Block& block,
                    const BackwardScratch<T>& scratch) {
   const std::int64_t group = args.shape.group();
-  const std::int64_t stride = score_stride(args.shape);
+  const std::int64_t stride = block.keys();
   const A scale = A(1) / std::sqrt(static_cast<A>(args.shape.head_dim));
   for (std::int64_t r = 0; r < block.rows; ++r) {
     const std::int64_t s = block.begin + r / group;
@@ -323,30 +323,45 @@ void round_row(T* out, const A* sum, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) store(out[i], sum[i]);
 }
 
+/// to [keys, rows] = transpose of the block's probs [rows, keys].
+template <class T>
+void transpose_probs(T* to, const T* probs, const Block& block) {
+  using U = std::conditional_t<sizeof(T) == 2, std::uint16_t,
+                               std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>>;
+  transpose_padded(reinterpret_cast<U*>(to), block.rows, reinterpret_cast<const U*>(probs),
+                   block.keys(), block.rows, block.keys());
+}
+
 template <class T>
 void backward_problem(Stream& stream, int thread, const AttentionBackward& args,
                       const Problem& problem) {
   using A = Acc<T>;
   const AttentionShape& shape = args.shape;
   const std::int64_t dim = shape.head_dim;
-  const Products products(shape, dtype_of<T>(), args.v.stride);
+  const Products products(shape, dtype_of<T>());
   const auto scratch = scratch_of<BackwardScratch<T>>(stream, thread, shape);
   std::fill_n(scratch.dk, shape.seq_len * dim, A(0));
   std::fill_n(scratch.dv, shape.seq_len * dim, A(0));
   const std::int64_t first_query = problem.query_row(shape);
   const T* k = args.k.row<T>(problem.key_row(shape));
-  const T* v = args.v.row<T>(problem.token(shape)) + problem.key_col(shape);
+  gather_v<T>(args, problem, scratch.v);
   for (std::int64_t begin = 0; begin < shape.seq_len; begin += kBlockPositions) {
     const Block block = block_at(shape, begin);
     const T* q = args.q.row<T>(first_query + begin * shape.group());
     T* dq = args.dq.row<T>(first_query + begin * shape.group());
+    // sum += probs^T b
+    const auto add_transposed = [&](const T* b, A* sum) {
+      transpose_probs(scratch.transposed, scratch.probs, block);
+      run_gemm(stream.cpu(), thread, products.dkey(block), scratch.transposed, b, sum);
+    };
     gather_dout<T>(args, problem, block, scratch);
-    run_gemm(stream.cpu(), thread, products.scores(block), q, k, scratch.scores);
+    run_gemm(stream.cpu(), thread, products.against_keys(block), q, k, scratch.scores);
     recompute_probs<T>(args, problem, block, scratch);
-    run_gemm(stream.cpu(), thread, products.dkey(block), scratch.probs, scratch.dout, scratch.dv);
-    run_gemm(stream.cpu(), thread, products.dprobs(block), scratch.dout, v, scratch.dprobs);
+    add_transposed(scratch.dout, scratch.dv);
+    run_gemm(stream.cpu(), thread, products.against_keys(block), scratch.dout, scratch.v,
+             scratch.dprobs);
     dscores_block<T>(args, problem, block, scratch);
-    run_gemm(stream.cpu(), thread, products.dkey(block), scratch.probs, q, scratch.dk);
+    add_transposed(q, scratch.dk);
     run_gemm(stream.cpu(), thread, products.dq(block), scratch.probs, k, dq);
   }
   for (std::int64_t s = 0; s < shape.seq_len; ++s) {
@@ -445,18 +460,17 @@ void attention_decode(Stream& stream, const AttentionDecode& args) {
 namespace arcus {
 
 PrimitiveReport build_attention_primitives(Stream& stream, const AttentionShape& shape,
-                                           DType compute, std::int64_t v_stride, bool training) {
+                                           DType compute, bool training) {
   const auto start = std::chrono::steady_clock::now();
   cpu::Context& context = stream.cpu();
   const std::int64_t primitives = context.gemm().num_primitives();
   const std::int64_t gemm_bytes = context.gemm().scratch_bytes();
-  const cpu::Products products(shape, compute, v_stride);
+  const cpu::Products products(shape, compute);
   for (std::int64_t begin = 0; begin < shape.seq_len; begin += cpu::kBlockPositions) {
     const cpu::Block block = cpu::block_at(shape, begin);
-    cpu::build_gemm(context, products.scores(block));
+    cpu::build_gemm(context, products.against_keys(block));
     cpu::build_gemm(context, products.values(block));
     if (!training) continue;
-    cpu::build_gemm(context, products.dprobs(block));
     cpu::build_gemm(context, products.dkey(block));
     cpu::build_gemm(context, products.dq(block));
   }

@@ -91,7 +91,8 @@ void Gate::select_and_drop(PassContext& ctx, Routing& routing) const {
 void Gate::report(PassContext& ctx, Routing& routing) const {
   const ArenaScope scope(ctx.scratch);
   const std::int64_t group = aux_group_tokens(routing_, ctx.batch);
-  if (group > 0) routing.fraction = routing.fraction.row_range(0, ctx.batch.num_tokens() / group);
+  if (group > 0)
+    routing.fraction = routing.fraction.row_range(0, (ctx.batch.num_tokens() + group - 1) / group);
   const auto layer = static_cast<std::size_t>(ctx.layer);
   BalanceValues values;
   gate_statistics(ctx.stream, {.aux = &values.aux,

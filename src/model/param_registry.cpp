@@ -125,15 +125,11 @@ ParamStore::ParamStore(const ParamRegistry& registry, DType compute, DType sum_d
 
 TensorView ParamStore::values(ParamRef ref, std::int64_t local_expert, std::int64_t rows) const {
   const ParamRow& row = registry_->row(ref);
-  const TensorSpec spec = row.spec(DType::f32);
-  const bool vector = row.shape.size() == 1;
-  const std::int64_t cols = vector ? spec.num_elements() : spec.cols();
-  const std::int64_t own_rows = vector ? 1 : spec.unit_rows();
   const TensorView flat = flat_values(row.flat);
-  const TensorView tail = flat.col_range(row.offset + local_expert * row.expert_stride,
-                                         (rows > 0 ? rows : own_rows) * cols);
-  if (vector && rows > 0) return {tail.data, flat.dtype, 1, rows};
-  return {tail.data, flat.dtype, rows > 0 ? rows : own_rows, cols};
+  void* first = flat.col_range(row.offset + local_expert * row.expert_stride, 0).data;
+  // A vector is one row; spanning others makes it longer instead of higher.
+  if (row.shape.size() == 1) return {first, flat.dtype, 1, rows > 0 ? rows : row.shape[0]};
+  return {first, flat.dtype, rows > 0 ? rows : row.unit_elements() / row.cols(), row.cols()};
 }
 
 GradientSum ParamStore::sums(ParamRef ref, std::int64_t local_expert) const {

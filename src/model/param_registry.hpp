@@ -46,7 +46,13 @@ struct ParamRow {
 
   std::int64_t num_units() const { return kind == ParamKind::expert ? shape[0] : 1; }
   TensorSpec spec(DType dtype) const { return {name, dtype, shape, num_units()}; }
-  std::int64_t unit_elements() const { return spec(DType::f32).num_elements() / num_units(); }
+  /// Last dimension (1 for a vector), and elements of one unit.
+  std::int64_t cols() const { return shape.size() < 2 ? 1 : shape.back(); }
+  std::int64_t unit_elements() const {
+    std::int64_t elements = 1;
+    for (const std::int64_t extent : shape) elements *= extent;
+    return elements / num_units();
+  }
 };
 
 /// Position of a row in the registry.

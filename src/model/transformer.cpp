@@ -296,7 +296,7 @@ PrimitiveReport Transformer::build_primitives(Stream& stream, std::int64_t num_s
       stream, gemm_shapes(num_seqs * seq_len, max_segment_rows, compute, training));
   const AttentionLayer& attention = blocks_.front().attention();
   const PrimitiveReport more = build_attention_primitives(
-      stream, attention.shape(num_seqs, seq_len), compute, attention.qkv_size(), training);
+      stream, attention.shape(num_seqs, seq_len), compute, training);
   report.primitives += more.primitives;
   report.bytes += more.bytes;
   report.seconds += more.seconds;

