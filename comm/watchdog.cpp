@@ -58,7 +58,7 @@ class Monitor {
       peer.heard = now;
     }
     moved_ = now;
-    for (Peer& peer : peers_) receive(peer);
+    for (Peer& peer : peers_) receive(peer);  // NOLINT(clang-analyzer-optin.mpi.MPI-Checker)
   }
 
   void beat(std::int64_t step, std::int64_t layer, const char* what) {
@@ -107,6 +107,8 @@ class Monitor {
     return std::chrono::milliseconds(std::clamp<std::int64_t>(wanted, 10, 150 + size_));
   }
 
+  // The analyser looks for MPI_Wait; requests here are completed by MPI_Test, in later calls.
+  // NOLINTBEGIN(clang-analyzer-optin.mpi.MPI-Checker)
   void receive(Peer& peer) {
     note(peer, MPI_Irecv(&peer.incoming, sizeof(Message), MPI_BYTE, peer.rank, kHeartbeatTag, comm_,
                          &peer.receiving));
@@ -150,6 +152,8 @@ class Monitor {
     note(peer, MPI_Isend(&peer.outgoing, sizeof(Message), MPI_BYTE, peer.rank, kHeartbeatTag, comm_,
                          &peer.sending));
   }
+
+  // NOLINTEND(clang-analyzer-optin.mpi.MPI-Checker)
 
   static void note(Peer& peer, int status) {
     if (status == MPI_SUCCESS || !peer.broken.empty()) return;
