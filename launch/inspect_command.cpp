@@ -1,9 +1,11 @@
 #include <fmt/format.h>
 
+#include <cstdio>
 #include <filesystem>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <vector>
 
 #include "checkpoints/checkpoint.hpp"
 #include "checkpoints/inspect.hpp"
@@ -25,6 +27,7 @@ struct Arguments {
   bool digest = false;
   bool verify = false;
   bool config = false;
+  std::string text;  ///< a domain
 };
 
 constexpr const char* kFooter =
@@ -36,7 +39,8 @@ constexpr const char* kFooter =
     "  arcus inspect runs/first --digest          # one hash over all tensors, equal for any "
     "layout\n"
     "  arcus inspect runs/first --config > again.toml\n"
-    "  arcus inspect data/books --verify          # read every byte and compare checksums";
+    "  arcus inspect data/books --verify          # read every byte and compare checksums\n"
+    "  arcus inspect data/books --held-out prose | xz -9e | wc -c";
 
 bool is_dataset(const fs::path& dir) { return fs::exists(dir / "dataset.json"); }
 
@@ -94,11 +98,25 @@ void print_dataset(const TokenDataset& dataset, const fs::path& path) {
   }
 }
 
+/// The held-out documents of a domain, one after the other, as bytes.
+void print_held_out(const TokenDataset& dataset, const std::string& domain) {
+  const TokenFile& file = dataset.file(dataset.domain_idx(domain), Split::valid);
+  for (std::int64_t document = 0; document < file.num_documents(); ++document) {
+    const auto [begin, end] = file.document_range(document);
+    std::vector<std::int32_t> ids(static_cast<std::size_t>(end - begin));
+    file.read(begin, ids);
+    const std::string text = dataset.tokenizer().decode(ids);
+    std::fwrite(text.data(), 1, text.size(), stdout);
+  }
+}
+
 int inspect_dataset(const Arguments& arguments, const fs::path& path) {
   ARCUS_REQUIRE(!arguments.config, ExitCode::usage, "{} is a data set; --config is for checkpoints",
                 path.string());
   const TokenDataset dataset = TokenDataset::open(path, arguments.verify);
-  if (arguments.digest) {
+  if (!arguments.text.empty()) {
+    print_held_out(dataset, arguments.text);
+  } else if (arguments.digest) {
     fmt::print("{}\n", hex(dataset.fingerprint()));
   } else if (arguments.json) {
     fmt::print("{}\n", dataset_json(dataset, path).dump(2));
@@ -110,6 +128,8 @@ int inspect_dataset(const Arguments& arguments, const fs::path& path) {
 }
 
 int inspect_checkpoint(const Arguments& arguments, const fs::path& path) {
+  ARCUS_REQUIRE(arguments.text.empty(), ExitCode::usage,
+                "{} is no data set; --held-out prints text of one", path.string());
   const Checkpoint checkpoint = open_checkpoint(locate_checkpoint(path));
   if (arguments.verify) verify_checkpoint(checkpoint);
   if (arguments.digest) {
@@ -141,6 +161,9 @@ void add_inspect_command(CLI::App& app, Action& action) {
   CLI::Option* json = command->add_flag("--json", args->json, "everything, as JSON");
   command->add_flag("--digest", args->digest, "one hash over the content")->excludes(json);
   command->add_flag("--config", args->config, "the run's configuration")->excludes(json);
+  command->add_option("--held-out", args->text, "print the held-out text of this domain")
+      ->excludes(json)
+      ->type_name("DOMAIN");
   command->add_flag("--verify", args->verify, "read all of it and compare every checksum");
   command->footer(kFooter);
   command->callback([&action, args] { action = [args] { return run_inspect(*args); }; });

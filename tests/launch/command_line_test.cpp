@@ -139,6 +139,11 @@ TEST_F(PreparedData, PrepareThenInspect) {
   EXPECT_EQ(arcus("inspect --digest " + out).out.size(), 17U);
   EXPECT_EQ(arcus("inspect --config " + out).code, 64);
 
+  const Result text = arcus("inspect --held-out words " + out);
+  EXPECT_EQ(text.code, 0);
+  EXPECT_TRUE(text.out.starts_with("document ")) << text.out;
+  EXPECT_EQ(arcus("inspect --held-out verbs " + out).code, 64);
+
   const Result again = arcus(prepare);
   EXPECT_NE(again.code, 0) << "an existing data set must not be replaced without --force";
   EXPECT_EQ(arcus(prepare + " --force").code, 0);
