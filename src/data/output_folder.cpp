@@ -42,7 +42,7 @@ fs::path without_trailing_slash(const fs::path& path) {
 
 }  // namespace
 
-OutputFolder::OutputFolder(fs::path path, bool force) : path_(without_trailing_slash(path)) {
+OutputFolder::OutputFolder(const fs::path& path, bool force) : path_(without_trailing_slash(path)) {
   check_free(path_, force);
   partial_ = path_;
   partial_ += ".partial";

@@ -10,7 +10,7 @@ class OutputFolder {
  public:
   /// Throws (data) when `path` holds anything, unless `force` is set and it is a data set; or when
   /// another process is writing it.
-  OutputFolder(std::filesystem::path path, bool force);
+  OutputFolder(const std::filesystem::path& path, bool force);
   OutputFolder(const OutputFolder&) = delete;
   OutputFolder& operator=(const OutputFolder&) = delete;
   ~OutputFolder();

@@ -93,6 +93,7 @@ std::vector<std::size_t> held_out_order(const PrepareOptions& options,
   }
   std::sort(keys.begin(), keys.end());
   std::vector<std::size_t> order;
+  order.reserve(keys.size());
   for (const auto& key : keys) order.push_back(key.second);
   return order;
 }

@@ -96,6 +96,7 @@ std::unordered_set<std::string_view> common_characters(const std::vector<std::st
     });
   }
   std::vector<std::pair<std::int64_t, std::string_view>> by_count;
+  by_count.reserve(counts.size());
   for (const auto& [character, count] : counts) by_count.emplace_back(-count, character);
   std::sort(by_count.begin(), by_count.end());
   const auto affordable = static_cast<std::size_t>((options.vocab_size - kNumSpecialPieces) / 2);
