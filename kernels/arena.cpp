@@ -18,7 +18,7 @@ std::int64_t round_up(std::int64_t bytes) {
 
 }  // namespace
 
-Arena Arena::counting(std::string name) { return {std::move(name), true}; }
+Arena Arena::counting(std::string name) { return {std::move(name), Counting{}}; }
 
 Arena::Arena(std::string name, std::int64_t capacity)
     : name_(std::move(name)), capacity_(round_up(std::max(capacity, kAlignment))) {

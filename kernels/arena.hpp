@@ -46,7 +46,8 @@ class Arena {
   const std::string& name() const { return name_; }
 
  private:
-  Arena(std::string name, bool counting) : name_(std::move(name)), counting_(counting) {}
+  struct Counting {};
+  Arena(std::string name, Counting) : name_(std::move(name)), counting_(true) {}
   std::string name_;
   bool counting_ = false;
   char* base_ = nullptr;

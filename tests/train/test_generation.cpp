@@ -1,0 +1,124 @@
+// Generation: the same text at any layout, logits of the KV cache equal to those of a full forward
+// pass, and sampling that keeps to its options.
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "src/train/generation.hpp"
+#include "tests/support/training_fixture.hpp"
+
+namespace arcus::testing {
+namespace {
+
+InstanceOptions decoding_options(std::int64_t prompts) {
+  InstanceOptions o = instance_options(small_training());
+  o.model.num_shared_experts = 1;
+  o.routing.capacity_factor = 1.0;  // of training; generation is dropless
+  o.training = false;
+  o.micro_batch_seqs = prompts;
+  o.seq_len = 1;
+  return o;
+}
+
+std::vector<std::vector<std::int32_t>> generate_on(int ranks, int ep, const SamplingOptions& s) {
+  const std::vector<std::vector<std::int32_t>> prompts = {
+      {65, 66, 67}, {10}, {32, 97, 98, 99, 100}};
+  std::vector<std::vector<std::int32_t>> texts;
+  run_on_threads(ranks, {}, [&](Communicator& world) {
+    Stream stream(1);
+    ModelInstance instance(make_process_groups(world, ep), stream, decoding_options(3));
+    instance.initialize_parameters();
+    auto mine = generate(instance, prompts, s, {});
+    if (world.rank() == 0) texts = std::move(mine);
+  });
+  return texts;
+}
+
+TEST(Generation, SameTextAtAnyLayout) {
+  const SamplingOptions options{.max_new_tokens = 20, .temperature = 1.0, .top_p = 0.95, .seed = 5};
+  const auto reference = generate_on(1, 1, options);
+  ASSERT_EQ(reference.size(), 3U);
+  EXPECT_EQ(reference[0].size(), 23U);
+  EXPECT_EQ(reference[1].size(), 21U);
+  EXPECT_EQ(generate_on(2, 2, options), reference);
+  EXPECT_EQ(generate_on(3, 3, options), reference);
+  EXPECT_EQ(generate_on(4, 2, options), reference);
+  SamplingOptions other = options;
+  other.seed = 6;
+  EXPECT_NE(generate_on(1, 1, other), reference);
+}
+
+TEST(Generation, KvCacheAgreesWithAFullForwardPass) {
+  auto self = make_self_communicator();
+  Stream stream(1);
+  const InstanceOptions decoding = decoding_options(1);
+  ModelInstance decoder(make_process_groups(*self, 1), stream, decoding);
+  decoder.initialize_parameters();
+  InstanceOptions full = decoding;
+  full.seq_len = 12;
+  ModelInstance whole(make_process_groups(*self, 1), stream, full);
+  whole.initialize_parameters();
+
+  std::vector<std::int32_t> ids, targets;
+  for (std::int32_t i = 0; i < 12; ++i) {
+    ids.push_back((i * 37 + 11) % 256);
+    targets.push_back(((i + 1) * 37 + 11) % 256);
+  }
+  BatchBuffers buffers(1, 12);
+  const MicroBatch batch = buffers.fill(ids, targets, 0);
+  MicroBatchStats stats = whole.transformer().make_stats();
+  std::vector<float> losses(12);
+  PassContext ctx{.stream = stream,
+                  .saved = whole.saved(),
+                  .scratch = whole.scratch(),
+                  .batch = batch,
+                  .stats = stats,
+                  .training = false};
+  whole.transformer().evaluate(ctx, whole.params(), whole.dispatcher(),
+                               {losses.data(), DType::f32, 1, 12});
+
+  Arena memory("cache", 1 << 20);
+  auto caches = decoder.transformer().make_caches(memory, 1, 12, DType::f32);
+  MicroBatchStats decode_stats = decoder.transformer().make_stats();
+  std::vector<float> logits(256);
+  for (std::int32_t position = 0; position < 12; ++position) {
+    *caches[0].length.as<std::int32_t>() = position + 1;
+    const auto at = static_cast<std::size_t>(position);
+    const MicroBatch token{.number = 0,
+                           .num_seqs = 1,
+                           .seq_len = 1,
+                           .ids = {&ids[at], DType::i32, 1, 1},
+                           .position = {&position, DType::i32, 1, 1}};
+    PassContext step{.stream = stream,
+                     .saved = decoder.saved(),
+                     .scratch = decoder.scratch(),
+                     .batch = token,
+                     .stats = decode_stats,
+                     .training = false};
+    decoder.transformer().decode(step, decoder.params(), decoder.dispatcher(), caches,
+                                 {logits.data(), DType::f32, 1, 256});
+    double sum = 0;
+    for (const float z : logits) sum += std::exp(static_cast<double>(z));
+    const double loss = std::log(sum) - logits[static_cast<std::size_t>(targets[at])];
+    EXPECT_NEAR(loss, losses[at], 1e-5) << "position " << position;
+  }
+}
+
+TEST(Sampling, KeepsToItsOptions) {
+  const std::vector<float> logits = {0.F, 2.F, 1.F, 2.F};
+  EXPECT_EQ(sample_token(logits, {.temperature = 0}, 0.99), 1) << "ties go to the lower id";
+  // Weights e^-2 : 1 : e^-1 : 1 in the order 1, 3, 2, 0.
+  const double total = 2 + std::exp(-1.0) + std::exp(-2.0);
+  const SamplingOptions plain{.temperature = 1};
+  EXPECT_EQ(sample_token(logits, plain, 0), 1);
+  EXPECT_EQ(sample_token(logits, plain, 1.001 / total), 3);
+  EXPECT_EQ(sample_token(logits, plain, 2.001 / total), 2);
+  EXPECT_EQ(sample_token(logits, plain, 0.999999), 0);
+  EXPECT_EQ(sample_token(logits, {.temperature = 1, .top_k = 2}, 0.999999), 3);
+  EXPECT_EQ(sample_token(logits, {.temperature = 1, .top_p = 0.5}, 0.999999), 3);
+  EXPECT_EQ(sample_token(logits, {.temperature = 1, .top_p = 0.1}, 0.999999), 1);
+}
+
+}  // namespace
+}  // namespace arcus::testing
