@@ -68,6 +68,7 @@ int run(int argc, char** argv) {
   add_eval_command(app, action);
   add_generate_command(app, action);
   add_inspect_command(app, action);
+  add_bench_command(app, action);
   add_help_command(app, action);
   try {
     app.parse(argc, argv);

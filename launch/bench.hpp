@@ -1,0 +1,42 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "launch/run_config.hpp"
+#include "launch/session.hpp"
+
+namespace arcus {
+
+/// What all benchmarks are told: the model (by default the one of configs/bench.toml) and how long
+/// to measure.
+struct BenchOptions {
+  Config config;
+  std::int64_t repeats = 20;
+};
+
+/// Times of several runs of one thing, in milliseconds.
+struct Samples {
+  std::vector<double> ms;
+  double median() const;
+  double least() const;
+  double most() const;
+};
+/// Calls `fn` `warmup` + `repeats` times; all ranks start each call together, and a sample is the
+/// slowest rank's time. Collective.
+Samples measure(Session& session, Stream& stream, std::int64_t repeats,
+                const std::function<void()>& fn, std::int64_t warmup = 2);
+/// The sum over all ranks, in rank order. Collective.
+double sum_over_ranks(Session& session, double value);
+
+/// Share of the machine's own matrix-product peak that the grouped feed-forward reaches.
+ExitCode bench_gemm(Session& session, const BenchOptions& options);
+/// Bandwidth of dispatch and combine beside the library's Alltoallv of the same bytes.
+ExitCode bench_dispatch(Session& session, const BenchOptions& options);
+/// Tokens per second of whole training steps beside a roofline, and the cost of order-independent
+/// sums.
+ExitCode bench_step(Session& session, const BenchOptions& options);
+
+}  // namespace arcus

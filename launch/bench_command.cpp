@@ -1,0 +1,92 @@
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "launch/bench.hpp"
+#include "launch/commands.hpp"
+#include "launch/run_setup.hpp"
+
+namespace arcus {
+namespace {
+
+using Benchmark = ExitCode (*)(Session&, const BenchOptions&);
+
+struct Arguments {
+  std::string config;
+  std::vector<std::string> sets;
+  std::int64_t repeats = 20;
+  Benchmark benchmark = nullptr;
+};
+
+constexpr const char* kFooter =
+    "Machines differ, so every figure stands beside what the same run measured of the machine. "
+    "The\n"
+    "model is the one of launch/configs/bench.toml unless --config names another.\n"
+    "\n"
+    "Examples:\n"
+    "  arcus bench gemm --set parallel.threads=2 --set train.dtype=bf16\n"
+    "  mpirun -np 4 arcus bench dispatch\n"
+    "  mpirun -np 2 arcus bench step --set parallel.threads=1 --repeats 30";
+
+/// The defaults of a Config are the bench model; its tokens are bytes.
+LoadedConfig load(const Arguments& arguments) {
+  if (!arguments.config.empty()) return try_load_config(arguments.config, arguments.sets);
+  LoadedConfig loaded;
+  try {
+    loaded.config.model.vocab_size = 256;
+    for (const std::string& assignment : arguments.sets) apply_set(loaded.config, assignment);
+    validate(loaded.config);
+    check_device(loaded.config);
+  } catch (...) {
+    loaded.error = std::current_exception();
+  }
+  return loaded;
+}
+
+int run_bench(const Arguments& arguments) {
+  const LoadedConfig loaded = load(arguments);
+  // Plain sums are measured for comparison, so reductions of numbers are allowed here.
+  return run_session({.reproducible = false}, [&](Session& session) {
+    session.together([&] {
+      if (loaded.error) std::rethrow_exception(loaded.error);
+    });
+    return arguments.benchmark(session, {loaded.config, arguments.repeats});
+  });
+}
+
+void add_benchmark(CLI::App& bench, Action& action, const std::shared_ptr<Arguments>& args,
+                   const char* name, const char* description, Benchmark benchmark) {
+  CLI::App* command = bench.add_subcommand(name, description);
+  command->add_option("--config", args->config, "configuration of another model")
+      ->type_name("CONFIG.toml");
+  command->add_option("--set", args->sets, "override a key, e.g. train.dtype=bf16")
+      ->expected(1)
+      ->take_all()
+      ->type_name("KEY=VALUE");
+  command->add_option("--repeats", args->repeats, "samples of each figure; the median is printed")
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber)
+      ->type_name("N");
+  command->footer(kFooter);
+  command->callback([&action, args, benchmark] {
+    args->benchmark = benchmark;
+    action = [args] { return run_bench(*args); };
+  });
+}
+
+}  // namespace
+
+void add_bench_command(CLI::App& app, Action& action) {
+  CLI::App* bench = app.add_subcommand("bench", "Measure the parts of a training step");
+  bench->require_subcommand(1);
+  bench->footer(kFooter);
+  auto args = std::make_shared<Arguments>();
+  add_benchmark(*bench, action, args, "gemm",
+                "Experts' matrix products against the machine's own peak", bench_gemm);
+  add_benchmark(*bench, action, args, "dispatch",
+                "Dispatch and combine against the MPI library's Alltoallv", bench_dispatch);
+  add_benchmark(*bench, action, args, "step", "Whole training steps against a roofline",
+                bench_step);
+}
+
+}  // namespace arcus
