@@ -157,10 +157,10 @@ choose_steps() {
       --set train.warmup_steps=1 --set eval.batches=1 >$data/speed.log 2>&1 ||
       { tail -n 5 $data/speed.log >&2; exit 1; }
     mkdir -p $run
-    # The median of the last steps; a tenth of the time is for evaluations and checkpoints.
+    # The median of the last steps; the rest of the time is for evaluations and checkpoints.
     sed -n 's/.*"step_ms":\([0-9.]*\).*/\1/p' $run-speed/metrics.jsonl | tail -n 9 | sort -n |
       awk -v minutes="$minutes" '{ ms[NR] = $1 }
-        END { steps = int(minutes * 60e3 * 0.9 / ms[int((NR + 1) / 2)]); print steps < 20 ? 20 : steps }' \
+        END { steps = int(minutes * 60e3 * 0.85 / ms[int((NR + 1) / 2)]); print steps < 20 ? 20 : steps }' \
         >$run/steps.new
     mv $run/steps.new $run/steps
     rm -rf $run-speed

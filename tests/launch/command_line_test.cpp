@@ -1,57 +1,41 @@
 #include <gtest/gtest.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <array>
-#include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <string>
 
+#include "tests/launch/shell.hpp"
+
 namespace {
 
-struct Result {
-  int code = -1;
-  std::string out;  ///< standard output and error together
-};
+using arcus::contains;
+using Result = arcus::ShellResult;
 
-/// Runs the binary with `arguments` through the shell.
-Result arcus(const std::string& arguments) {
-  const std::string command = std::string(ARCUS_BINARY) + " " + arguments + " 2>&1";
-  Result result;
-  std::FILE* pipe = popen(command.c_str(), "r");
-  if (pipe == nullptr) return result;
-  std::array<char, 4096> buffer;
-  while (const std::size_t n = std::fread(buffer.data(), 1, buffer.size(), pipe)) {
-    result.out.append(buffer.data(), n);
-  }
-  const int status = pclose(pipe);
-  if (WIFEXITED(status)) result.code = WEXITSTATUS(status);
-  return result;
-}
-
-bool contains(const std::string& text, const std::string& part) {
-  return text.find(part) != std::string::npos;
+/// Runs the binary with `arguments`.
+Result run_arcus(const std::string& arguments) {
+  return arcus::shell(std::string(ARCUS_BINARY) + " " + arguments);
 }
 
 TEST(CommandLine, AloneItPrintsTheHelp) {
-  const Result alone = arcus("");
+  const Result alone = run_arcus("");
   EXPECT_EQ(alone.code, 0);
-  EXPECT_EQ(alone.out, arcus("--help").out);
-  EXPECT_EQ(alone.out, arcus("help").out);
+  EXPECT_EQ(alone.out, run_arcus("--help").out);
+  EXPECT_EQ(alone.out, run_arcus("help").out);
   EXPECT_TRUE(contains(alone.out, "A first run:")) << alone.out;
 }
 
 TEST(CommandLine, EveryCommandExplainsItselfWithExamples) {
-  const std::string help = arcus("--help").out;
+  const std::string help = run_arcus("--help").out;
   for (const std::string command : {ARCUS_COMMANDS}) {
     EXPECT_TRUE(contains(help, "\n  " + command)) << command << " is missing in\n" << help;
-    const Result own = arcus(command + " --help");
+    const Result own = run_arcus(command + " --help");
     EXPECT_EQ(own.code, 0) << command;
     EXPECT_TRUE(contains(own.out, "Example")) << own.out;
     EXPECT_TRUE(contains(own.out, "arcus " + command)) << own.out;
-    EXPECT_EQ(own.out, arcus("help " + command).out);
+    EXPECT_EQ(own.out, run_arcus("help " + command).out);
     for (std::size_t begin = 0; begin < own.out.size();) {
       const std::size_t end = std::min(own.out.find('\n', begin), own.out.size());
       EXPECT_LE(end - begin, 140U) << own.out.substr(begin, end - begin);
@@ -61,7 +45,7 @@ TEST(CommandLine, EveryCommandExplainsItselfWithExamples) {
 }
 
 TEST(CommandLine, VersionNamesCommitAndLibraries) {
-  const Result version = arcus("--version");
+  const Result version = run_arcus("--version");
   EXPECT_EQ(version.code, 0);
   for (const char* part : {"arcus 0.", "commit ", "-march=", "running on", "oneDNN", "HDF5"}) {
     EXPECT_TRUE(contains(version.out, part)) << version.out;
@@ -69,15 +53,15 @@ TEST(CommandLine, VersionNamesCommitAndLibraries) {
 }
 
 TEST(CommandLine, HelpOnConfigurationAndExitCodes) {
-  const Result config = arcus("help config");
+  const Result config = run_arcus("help config");
   EXPECT_EQ(config.code, 0);
   EXPECT_TRUE(contains(config.out, "[train]")) << config.out;
-  const Result codes = arcus("help exit-codes");
+  const Result codes = run_arcus("help exit-codes");
   EXPECT_EQ(codes.code, 0);
   for (const char* code : {"64", "65", "66", "69", "70", "75"}) {
     EXPECT_TRUE(contains(codes.out, code)) << codes.out;
   }
-  const Result unknown = arcus("help cooking");
+  const Result unknown = run_arcus("help cooking");
   EXPECT_EQ(unknown.code, 64);
   EXPECT_TRUE(contains(unknown.out, "arcus: error: no help on \"cooking\"")) << unknown.out;
 }
@@ -100,7 +84,7 @@ TEST(CommandLine, MistakesAreUsageErrorsThatNameTheRemedy) {
       Usage{"--no-such-flag", "arcus: error: "},
   };
   for (const Usage& mistake : mistakes) {
-    const Result result = arcus(mistake.arguments);
+    const Result result = run_arcus(mistake.arguments);
     EXPECT_EQ(result.code, 64) << mistake.arguments << "\n" << result.out;
     EXPECT_TRUE(contains(result.out, mistake.expected)) << result.out;
   }
@@ -126,33 +110,33 @@ TEST_F(PreparedData, PrepareThenInspect) {
   const std::string out = (folder_ / "data").string();
   const std::string prepare = "prepare --out " + out +
                               " --valid-fraction 0.2 --domain words=" + (folder_ / "text").string();
-  const Result prepared = arcus(prepare);
+  const Result prepared = run_arcus(prepare);
   ASSERT_EQ(prepared.code, 0) << prepared.out;
   EXPECT_TRUE(contains(prepared.out, "words")) << prepared.out;
   EXPECT_TRUE(contains(prepared.out, "vocabulary 256, written to " + out)) << prepared.out;
 
-  const Result shown = arcus("inspect --verify " + out);
+  const Result shown = run_arcus("inspect --verify " + out);
   EXPECT_EQ(shown.code, 0);
   EXPECT_TRUE(contains(shown.out, "all files are whole")) << shown.out;
-  const Result json = arcus("inspect --json " + out);
+  const Result json = run_arcus("inspect --json " + out);
   EXPECT_TRUE(contains(json.out, "\"vocab_size\": 256")) << json.out;
-  EXPECT_EQ(arcus("inspect --digest " + out).out.size(), 17U);
-  EXPECT_EQ(arcus("inspect --config " + out).code, 64);
+  EXPECT_EQ(run_arcus("inspect --digest " + out).out.size(), 17U);
+  EXPECT_EQ(run_arcus("inspect --config " + out).code, 64);
 
-  const Result text = arcus("inspect --held-out words " + out);
+  const Result text = run_arcus("inspect --held-out words " + out);
   EXPECT_EQ(text.code, 0);
   EXPECT_TRUE(text.out.starts_with("document ")) << text.out;
-  EXPECT_EQ(arcus("inspect --held-out verbs " + out).code, 64);
+  EXPECT_EQ(run_arcus("inspect --held-out verbs " + out).code, 64);
 
-  const Result again = arcus(prepare);
+  const Result again = run_arcus(prepare);
   EXPECT_NE(again.code, 0) << "an existing data set must not be replaced without --force";
-  EXPECT_EQ(arcus(prepare + " --force").code, 0);
+  EXPECT_EQ(run_arcus(prepare + " --force").code, 0);
 }
 
 TEST_F(PreparedData, BadTextIsADataError) {
   std::ofstream(folder_ / "text" / "binary.txt", std::ios::binary) << std::string("a\0\xff b", 5);
-  const Result refused = arcus("prepare --out " + (folder_ / "data").string() +
-                               " --domain w=" + (folder_ / "text").string());
+  const Result refused = run_arcus("prepare --out " + (folder_ / "data").string() +
+                                   " --domain w=" + (folder_ / "text").string());
   EXPECT_EQ(refused.code, 65) << refused.out;
   EXPECT_TRUE(contains(refused.out, "binary.txt")) << refused.out;
   EXPECT_FALSE(std::filesystem::exists(folder_ / "data"));

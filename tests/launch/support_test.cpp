@@ -8,6 +8,7 @@
 #include <string>
 
 #include "comm/backends.hpp"
+#include "launch/bench.hpp"
 #include "launch/progress.hpp"
 #include "launch/session.hpp"
 #include "launch/signals.hpp"
@@ -153,6 +154,25 @@ TEST(Utf8Stream, WholeCharactersPassWhereverTheBytesAreCut) {
   EXPECT_EQ(stream.push("\xe4"), "");
   EXPECT_EQ(stream.finish(), "\ufffd");
   EXPECT_EQ(stream.push("\xc0\xaf\xed\xa0\x80"), "\ufffd\ufffd\ufffd\ufffd\ufffd");
+}
+
+TEST(Bench, MedianOfOddAndEvenNumbersOfSamples) {
+  EXPECT_EQ((Samples{{3, 1, 2}}.median()), 2);
+  EXPECT_EQ((Samples{{4, 1, 3, 2}}.median()), 2.5);
+  EXPECT_EQ((Samples{{3, 1, 2}}.least()), 1);
+  EXPECT_EQ((Samples{{3, 1, 2}}.most()), 3);
+}
+
+TEST(Bench, EachSampleIsTheSlowestRanks) {
+  if (MpiSession::launched()) GTEST_SKIP() << "started by an MPI launcher";
+  run_session({}, [](Session& session) {
+    int calls = 0;
+    const Samples samples = measure(session, session.stream(), 5, [&] { ++calls; });
+    EXPECT_EQ(samples.ms.size(), 5U);
+    EXPECT_EQ(calls, 7);
+    EXPECT_EQ(sum_over_ranks(session, 2.5), 2.5);
+    return ExitCode::ok;
+  });
 }
 
 TEST(Version, NamesEverythingThatBitsDependOn) {

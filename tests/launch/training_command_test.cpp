@@ -1,0 +1,185 @@
+// The commands around a training run, as a user types them: prepare, train on one and two ranks,
+// resume, stop by a signal, evaluate, generate, and what happens with mistakes under a launcher.
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+#include <string>
+
+#include "tests/launch/shell.hpp"
+
+namespace arcus {
+namespace {
+
+namespace fs = std::filesystem;
+
+std::string read_file(const fs::path& path) {
+  std::ifstream file(path);
+  std::stringstream text;
+  text << file.rdbuf();
+  return text.str();
+}
+
+/// metrics.jsonl without what may differ between layouts.
+std::string metrics_without_timing(const fs::path& run) {
+  std::stringstream lines(read_file(run / "metrics.jsonl"));
+  std::string kept;
+  for (std::string line; std::getline(lines, line);) {
+    kept += line.substr(0, line.find(",\"timing\"")) + "\n";
+  }
+  return kept;
+}
+
+class TrainingCommand : public testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    folder_ = fs::temp_directory_path() / ("arcus_training_command_" + std::to_string(getpid()));
+    fs::create_directories(folder_ / "text");
+    for (int i = 0; i < 60; ++i) {
+      std::ofstream file(folder_ / "text" / (std::to_string(i) + ".txt"));
+      for (int line = 0; line < 10; ++line) file << "file " << i << ", line " << line << "\n";
+    }
+    const ShellResult prepared =
+        shell(std::string(ARCUS_BINARY) + " prepare --out " + data() +
+              " --valid-fraction 0.1 --domain words=" + (folder_ / "text").string());
+    ASSERT_EQ(prepared.code, 0) << prepared.out;
+  }
+  static void TearDownTestSuite() { fs::remove_all(folder_); }
+
+  static std::string data() { return (folder_ / "data").string(); }
+  static fs::path run_dir(const std::string& name) { return folder_ / name; }
+
+  /// `ranks` 0: without a launcher.
+  static ShellResult arcus(int ranks, const std::string& arguments) {
+    const std::string launcher =
+        ranks == 0 ? "" : std::string(ARCUS_MPIRUN) + " -np " + std::to_string(ranks) + " ";
+    return shell(launcher + ARCUS_BINARY + " " + arguments);
+  }
+  static std::string train(const std::string& run, const std::string& more = "") {
+    return "train " ARCUS_SOURCE_DIR "/launch/configs/tiny.toml --set run.dir=" +
+           run_dir(run).string() + " --set run.data=" + data() + " " + more;
+  }
+  static std::string digest(const std::string& run) {
+    return arcus(0, "inspect --digest " + run_dir(run).string()).out;
+  }
+
+  static fs::path folder_;
+};
+fs::path TrainingCommand::folder_;
+
+TEST_F(TrainingCommand, TheSameRunOnOneAndTwoRanksAndInTwoParts) {
+  const ShellResult alone = arcus(0, train("alone"));
+  ASSERT_EQ(alone.code, 0) << alone.out;
+  EXPECT_TRUE(contains(alone.out, "done at step 20 of 20")) << alone.out;
+  ASSERT_EQ(arcus(2, train("two")).code, 0);
+  EXPECT_EQ(metrics_without_timing(run_dir("alone")), metrics_without_timing(run_dir("two")));
+  EXPECT_EQ(digest("alone").size(), 17U);
+  EXPECT_EQ(digest("alone"), digest("two"));
+
+  // A run that was cut short ends with the same state, on another number of ranks.
+  const std::string some = "--set train.steps=20 --set checkpoint.every=7";
+  ASSERT_EQ(arcus(2, train("parts", some + " --set run.max_minutes=0.00001")).code, 0);
+  const ShellResult rest = arcus(0, train("parts", some));
+  ASSERT_EQ(rest.code, 0) << rest.out;
+  EXPECT_TRUE(contains(rest.out, "going on from")) << rest.out;
+  EXPECT_EQ(digest("parts"), digest("alone"));
+}
+
+TEST_F(TrainingCommand, FinishedRunsSayWhatTheyHoldAndWhatTheyKnow) {
+  ASSERT_EQ(arcus(0, train("shown")).code, 0);
+  const std::string run = run_dir("shown").string();
+  for (const char* file : {"metrics.jsonl", "run.log", "config.toml", "checkpoints/latest"}) {
+    EXPECT_TRUE(fs::exists(run_dir("shown") / file)) << file;
+  }
+  EXPECT_EQ(arcus(0, "inspect --config " + run).out, read_file(run_dir("shown") / "config.toml"));
+  const ShellResult eval = arcus(0, "eval " + run);
+  EXPECT_EQ(eval.code, 0) << eval.out;
+  EXPECT_TRUE(contains(eval.out, "words")) << eval.out;
+  EXPECT_EQ(eval.out, arcus(2, "eval " + run).out);
+  EXPECT_EQ(arcus(0, "eval --domain verbs " + run).code, 64);
+
+  const std::string generate = "generate " + run + " --prompt 'file 1' --max-tokens 20 --seed 5";
+  const ShellResult text = arcus(0, generate);
+  EXPECT_EQ(text.code, 0) << text.out;
+  EXPECT_TRUE(text.out.starts_with("file 1")) << text.out;
+  EXPECT_EQ(text.out, arcus(2, generate).out);
+  const ShellResult several = arcus(0, generate + " --samples 3");
+  EXPECT_TRUE(contains(several.out, "--- 3 ---")) << several.out;
+}
+
+TEST_F(TrainingCommand, ASignalSavesAndExitsWith75) {
+  // The run itself writes the metrics line that tells when to send the signal.
+  const std::string metrics = (run_dir("stopped") / "metrics.jsonl").string();
+  const std::string command =
+      std::string(ARCUS_MPIRUN) + " -np 2 " + ARCUS_BINARY + " " +
+      train("stopped", "--set train.steps=1000000") + " & job=$!; while ! test -s " + metrics +
+      "; do kill -0 $job || break; sleep 0.05; done; kill -USR1 $job; wait $job";
+  const ShellResult stopped = shell(command);
+  EXPECT_EQ(stopped.code, 75) << stopped.out;
+  EXPECT_TRUE(contains(stopped.out, "stopped by a signal, saved at step")) << stopped.out;
+  EXPECT_TRUE(fs::exists(run_dir("stopped") / "checkpoints" / "latest"));
+}
+
+TEST_F(TrainingCommand, StartingAnewMovesTheOldRunAside) {
+  const std::string two_steps = "--set train.steps=2 --set train.warmup_steps=1";
+  ASSERT_EQ(arcus(0, train("anew", two_steps)).code, 0);
+  const std::string before = digest("anew");
+  ASSERT_EQ(arcus(0, train("anew", two_steps + " --resume none --set run.seed=2")).code, 0);
+  EXPECT_NE(digest("anew"), before);
+  EXPECT_TRUE(fs::exists(run_dir("anew") / "checkpoints-1"));
+  EXPECT_TRUE(fs::exists(run_dir("anew") / "metrics.jsonl-1"));
+}
+
+TEST_F(TrainingCommand, ThePlanNeedsNeitherRanksNorARunFolder) {
+  const ShellResult plan = arcus(0, train("planned", "--plan --ranks 4"));
+  EXPECT_EQ(plan.code, 0) << plan.out;
+  EXPECT_TRUE(contains(plan.out, "4 = EP 4 x EDP 1")) << plan.out;
+  EXPECT_TRUE(contains(plan.out, "worst case")) << plan.out;
+  EXPECT_FALSE(fs::exists(run_dir("planned")));
+}
+
+struct Mistake {
+  std::string arguments;
+  int code;
+  const char* expected;
+};
+
+TEST_F(TrainingCommand, MistakesUnderALauncherAreReportedOnceWithTheirCode) {
+  const Mistake mistakes[] = {
+      {train("bad", "--set model.topk=9"), 64, "model.topk (9) exceeds model.num_experts (4)"},
+      {train("bad", "--set parallel.ep_size=3"), 64, "parallel.ep_size (3) must divide"},
+      {train("bad", "--set trainn.lr=1"), 64, "did you mean train.lr?"},
+      {train("bad", "--set run.device=cuda"), 64, "built without CUDA"},
+      {train("bad", "--set run.data=/no/such/data"), 65, "/no/such/data"},
+      {train("bad", "--set model.vocab_size=100"), 65, "vocabulary of 256"},
+      {train("bad", "--set train.seq_len=100000"), 65, "train.seq_len"},
+      {train("bad", "--set data.domain.0.name=verbs"), 64, "verbs"},
+      {"train no-such-file.toml", 64, "no-such-file.toml: No such file"},
+      {"eval /no/such/run", 66, "/no/such/run"},
+  };
+  for (const Mistake& mistake : mistakes) {
+    const ShellResult result = arcus(2, mistake.arguments);
+    EXPECT_EQ(result.code, mistake.code) << mistake.arguments << "\n" << result.out;
+    EXPECT_TRUE(contains(result.out, mistake.expected)) << mistake.arguments << "\n" << result.out;
+    const auto first = result.out.find("arcus: error: ");
+    EXPECT_NE(first, std::string::npos) << result.out;
+    EXPECT_EQ(result.out.find("arcus: error: ", first + 1), std::string::npos) << result.out;
+  }
+}
+
+TEST_F(TrainingCommand, TwoRunsInOneFolderAreRefused) {
+  const std::string lock = run_dir("busy") / "metrics.jsonl";
+  const std::string command = std::string(ARCUS_BINARY) + " " +
+                              train("busy", "--set train.steps=1000000") +
+                              " >/dev/null 2>&1 & job=$!; while ! test -s " + lock +
+                              "; do kill -0 $job || break; sleep 0.05; done; " + ARCUS_BINARY +
+                              " " + train("busy") + "; code=$?; kill -KILL $job; exit $code";
+  const ShellResult second = shell(command);
+  EXPECT_EQ(second.code, 64) << second.out;
+  EXPECT_TRUE(contains(second.out, "in use")) << second.out;
+}
+
+}  // namespace
+}  // namespace arcus
