@@ -1,6 +1,8 @@
 #include <chrono>
 #include <csignal>
 #include <cstdio>
+#include <cstdlib>
+#include <fstream>
 #include <string>
 #include <thread>
 
@@ -53,6 +55,10 @@ int main_of(int argc, char** argv) {
   const auto world = mpi.world();
   init_log(world->rank(), world->size());
   try {
+    if (const char* file = std::getenv("ARCUS_TEST_STARTED");
+        file != nullptr && world->rank() == 0) {
+      std::ofstream(file) << "started\n";
+    }
     run(argc > 1 ? argv[1] : "", *world);
     if (world->rank() == 0) std::puts("all well");
     return 0;
