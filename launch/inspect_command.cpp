@@ -46,7 +46,7 @@ bool is_dataset(const fs::path& dir) { return fs::exists(dir / "dataset.json"); 
 
 /// The folder that `path` means: itself, or the folder of a file given by name.
 fs::path folder_of(const std::string& path) {
-  const fs::path given(path);
+  fs::path given(path);
   ARCUS_REQUIRE(fs::exists(given), ExitCode::usage,
                 "{} does not exist; give a checkpoint, a run folder or a data set", path);
   if (fs::is_directory(given)) return given;

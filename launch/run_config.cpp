@@ -100,8 +100,9 @@ std::vector<std::string> names_below(const std::string& path) {
 /// What to say about a name that does not exist below `path`.
 std::string unknown_name(const std::string& path, const std::string& name) {
   const std::vector<std::string> near = nearest_names(name, names_below(path));
-  std::vector<std::string> full;
-  for (const std::string& candidate : near) full.push_back(join_key(path, candidate));
+  std::vector<std::string> full(near.size());
+  std::transform(near.begin(), near.end(), full.begin(),
+                 [&](const std::string& candidate) { return join_key(path, candidate); });
   const std::string kind = path.empty() ? "section" : "key";
   std::string message = fmt::format("unknown {} {}", kind, join_key(path, name));
   if (!full.empty()) return message + did_you_mean(full);
