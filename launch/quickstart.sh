@@ -104,7 +104,7 @@ extract_prose() {
 # Headers that the build needed anyway, spread over all of them.
 extract_code() {
   mkdir -p "$1"
-  find /usr/include -type f -size +1k -size -200k \
+  find /usr/include -type f -size +1k -size -64k \
     \( -name '*.h' -o -name '*.hpp' -o -path '*/c++/*' \) -printf '%s %p\n' |
     LC_ALL=C sort -k2 | LC_ALL=C sort -R -k2 --random-source=/dev/zero |
     awk -v most=$megabytes_of_code '{ sum += $1; if (sum > most * 1e6) exit; print $2 }' |
