@@ -1,8 +1,8 @@
 #include "src/model/param_registry.hpp"
 
 #include <algorithm>
-#include <cstring>
 
+#include "kernels/elementwise.hpp"
 #include "src/base/rng.hpp"
 
 namespace arcus {
@@ -151,12 +151,9 @@ void ParamStore::set_num_micro_batches(std::int64_t num_micro_batches) {
   num_micro_batches_ = num_micro_batches;
 }
 
-void ParamStore::zero_sums() {
+void ParamStore::zero_sums(Stream& stream) {
   for (const FlatId flat : kFlatIds) {
-    const TensorView sums = flat_sums(flat);
-    if (sums.data != nullptr && sums.cols > 0) {
-      std::memset(sums.data, 0, static_cast<std::size_t>(sums.cols) * size_of(sums.dtype));
-    }
+    if (flat_sums(flat).data != nullptr) fill_zero(stream, {.y = flat_sums(flat)});
   }
   bad_leaf_->store(kNoBadLeaf);
 }

@@ -134,7 +134,7 @@ class ParamStore {
   GradientSum sums(ParamRef ref, std::int64_t local_expert = 0) const;
   /// Limits of |leaf| for a step of `num_micro_batches`.
   void set_num_micro_batches(std::int64_t num_micro_batches);
-  void zero_sums();
+  void zero_sums(Stream& stream);
   BadLeafFlag& bad_leaf() const { return *bad_leaf_; }
   std::int64_t value_bytes() const;
   std::int64_t sum_bytes() const;

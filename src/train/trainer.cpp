@@ -223,7 +223,7 @@ const StepMetrics& Trainer::step(const BatchSampler& sampler, StepRequests& requ
   const auto begin = std::chrono::steady_clock::now();
   const std::int64_t sent_before = instance_->sent_bytes();
   start_metrics();
-  instance_->params().zero_sums();
+  instance_->params().zero_sums(instance_->stream());
   std::fill(counts_.begin(), counts_.end(), 0);
   for (std::int64_t round = 0; round < schedule_.rounds(); ++round) run_round(sampler, round);
 

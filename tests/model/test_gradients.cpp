@@ -29,7 +29,7 @@ class GradientCheck {
   /// and forced on every later one.
   double loss() {
     double total = 0;
-    instance_.params().zero_sums();
+    instance_.params().zero_sums(stream_);
     for (std::int64_t n = 0; n < instance_.options().num_micro_batches; ++n) {
       const MicroBatch batch = synthetic_batch(buffers_, instance_.options(), n);
       const RoutingObserver observer = [&](std::int64_t layer, const MicroBatch&,
