@@ -287,7 +287,7 @@ Event Communicator::all_reduce(Stream& /*stream*/, const AllReduce& args) {
           check_reduction(CallKind::all_reduce, options_, args.buffer.dtype);
         });
   sent_bytes_ += 2 * bytes_of(args.buffer) * (size_ - 1) / size_;
-  return do_all_reduce(args);
+  return timed([&] { return do_all_reduce(args); });
 }
 
 Event Communicator::all_gather_v(Stream& /*stream*/, const AllGatherV& args) {
@@ -297,7 +297,7 @@ Event Communicator::all_gather_v(Stream& /*stream*/, const AllGatherV& args) {
       [&] { check_parts(CallKind::all_gather_v, size_, args.buffer, args.counts, args.offsets); });
   sent_bytes_ += args.counts[static_cast<std::size_t>(rank_)] * (size_ - 1) *
                  static_cast<std::int64_t>(size_of(args.buffer.dtype));
-  return do_all_gather_v(args);
+  return timed([&] { return do_all_gather_v(args); });
 }
 
 Event Communicator::reduce_scatter_v(Stream& /*stream*/, const ReduceScatterV& args) {
@@ -310,7 +310,7 @@ Event Communicator::reduce_scatter_v(Stream& /*stream*/, const ReduceScatterV& a
   const auto elements = std::accumulate(args.counts.begin(), args.counts.end(),
                                         -args.counts[static_cast<std::size_t>(rank_)]);
   sent_bytes_ += elements * static_cast<std::int64_t>(size_of(args.buffer.dtype));
-  return do_reduce_scatter_v(args);
+  return timed([&] { return do_reduce_scatter_v(args); });
 }
 
 Event Communicator::broadcast(Stream& /*stream*/, const Broadcast& args) {
@@ -322,7 +322,7 @@ Event Communicator::broadcast(Stream& /*stream*/, const Broadcast& args) {
                       args.root, size_);
         });
   if (rank_ == args.root) sent_bytes_ += bytes_of(args.buffer) * (size_ - 1);
-  return do_broadcast(args);
+  return timed([&] { return do_broadcast(args); });
 }
 
 void Communicator::barrier(Stream& /*stream*/) {

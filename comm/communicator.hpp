@@ -1,5 +1,6 @@
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <limits>
@@ -101,6 +102,9 @@ class Communicator {
   /// Bytes this rank has sent to other ranks since the start; for reductions and gathers those that
   /// the best known algorithm sends.
   std::int64_t sent_bytes() const { return sent_bytes_; }
+  /// Time this rank has spent inside collectives that block, since the start; what an all_to_all_v
+  /// leaves to wait for counts where it is waited for (Stream::waited_seconds).
+  double blocked_seconds() const { return blocked_seconds_; }
 
  protected:
   Communicator(int rank, int size, CommunicatorOptions options);
@@ -113,6 +117,15 @@ class Communicator {
   virtual std::unique_ptr<Communicator> do_split(int color, int key) = 0;
 
  private:
+  template <class Fn>
+  Event timed(Fn&& fn) {
+    const auto begin = std::chrono::steady_clock::now();
+    const Event event = fn();
+    blocked_seconds_ +=
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    return event;
+  }
+
   struct Call;
   struct CallCheck;
   /// What every collective does first: `validate()`, in checked mode the comparison with the calls
@@ -126,6 +139,7 @@ class Communicator {
   int size_;
   CommunicatorOptions options_;
   std::int64_t sent_bytes_ = 0;
+  double blocked_seconds_ = 0;
   std::unique_ptr<CallCheck> check_;  ///< buffers of checked mode
 };
 

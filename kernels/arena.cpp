@@ -24,9 +24,10 @@ Arena::Arena(std::string name, std::int64_t capacity)
     : name_(std::move(name)), capacity_(round_up(std::max(capacity, kAlignment))) {
   void* memory = mmap(nullptr, static_cast<std::size_t>(capacity_), PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  ARCUS_REQUIRE(memory != MAP_FAILED, ExitCode::internal,
-                "cannot reserve {} bytes of address space for the {} arena: {}", capacity_, name_,
-                std::strerror(errno));
+  ARCUS_REQUIRE(memory != MAP_FAILED, ExitCode::usage,
+                "cannot reserve {} bytes of address space for {}: {}; use more ranks, a smaller "
+                "model or micro-batch, or a higher limit (ulimit -v)",
+                capacity_, name_, std::strerror(errno));
   // Large pages where the kernel offers them: fewer faults in the first steps.
   madvise(memory, static_cast<std::size_t>(capacity_), MADV_HUGEPAGE);
   base_ = static_cast<char*>(memory);

@@ -62,6 +62,7 @@ ARCUS_DECLARE_OP(ffn_backward, FfnBackward)
 /// segments of its expert inside. Segments are sorted by (local expert, micro-batch). `x` must have
 /// 32 readable, finite rows behind row R.
 struct FfnWgrad {
+  // A tensor whose sum is null (frozen) is left out.
   GradientSum dgate, dup;              ///< [F, H] of local expert 0
   GradientSum ddown;                   ///< [H, F] of local expert 0
   std::int64_t expert_stride = 0;      ///< elements between experts in the sums

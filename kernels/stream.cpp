@@ -1,5 +1,7 @@
 #include "kernels/stream.hpp"
 
+#include <chrono>
+
 #include "kernels/cpu/context.hpp"
 #include "src/base/error.hpp"
 
@@ -16,5 +18,12 @@ Stream::Stream(int num_threads) : num_threads_(num_threads) {
 }
 
 Stream::~Stream() = default;
+
+void Stream::wait(const Event& event) {
+  const auto begin = std::chrono::steady_clock::now();
+  event.wait();
+  waited_seconds_ +=
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
 
 }  // namespace arcus

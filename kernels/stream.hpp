@@ -48,7 +48,9 @@ class Stream {
   Device device() const { return Device::cpu; }
   int num_threads() const { return num_threads_; }
   /// Work enqueued after this call starts when `event` is complete.
-  void wait(const Event& event) { event.wait(); }
+  void wait(const Event& event);
+  /// Time spent in wait, in all.
+  double waited_seconds() const { return waited_seconds_; }
   /// Ops call poll() between pieces of work so that a pending exchange moves on (MPI makes no
   /// progress by itself). At most one event is polled; a complete one is dropped.
   void poll_between_tasks(const Event& event) { polled_ = event; }
@@ -60,6 +62,7 @@ class Stream {
  private:
   int num_threads_;
   Event polled_;
+  double waited_seconds_ = 0;
   std::unique_ptr<cpu::Context> cpu_;
 };
 

@@ -299,11 +299,19 @@ void for_each_expert(std::span<const Segment> segments, Fn&& fn) {
   }
 }
 
+const GradientSum& sum_of(const FfnWgrad& args, Projection projection) {
+  return projection == Projection::gate ? args.dgate
+         : projection == Projection::up ? args.dup
+                                        : args.ddown;
+}
+
+/// A projection without a sum (frozen) gets no tasks.
 void append_tasks(const FfnWgrad& args, std::int32_t first, std::int32_t end, WgradTask*& next) {
   std::int64_t rows = 0;
   for (std::int32_t i = first; i < end; ++i)
     rows += args.segments[static_cast<std::size_t>(i)].rows;
   for (const Projection projection : {Projection::gate, Projection::up, Projection::down}) {
+    if (sum_of(args, projection).sum == nullptr) continue;
     const std::int64_t out = out_of(projection, args.shape);
     const std::int64_t in = in_of(projection, args.shape);
     const std::int64_t height = wgrad_tile_rows(in);
@@ -335,10 +343,7 @@ std::span<const WgradTask> make_wgrad_tasks(Stream& stream, const FfnWgrad& args
 }
 
 GradientSum expert_sum(const FfnWgrad& args, Projection projection, std::int64_t expert) {
-  const GradientSum& first = projection == Projection::gate ? args.dgate
-                             : projection == Projection::up ? args.dup
-                                                            : args.ddown;
-  GradientSum sum = first.at(expert * args.expert_stride);
+  GradientSum sum = sum_of(args, projection).at(expert * args.expert_stride);
   sum.tensor_idx += expert * args.tensor_idx_stride;
   return sum;
 }

@@ -33,6 +33,10 @@ void validate_attention(const ModelConfig& m) {
                 "model.qk_norm is \"{}\"; it must be \"none\", \"head\" or \"full\"", m.qk_norm);
   ARCUS_REQUIRE(m.partial_rotary_factor > 0 && m.partial_rotary_factor <= 1, ExitCode::usage,
                 "model.partial_rotary_factor is {}; it must be in (0, 1]", m.partial_rotary_factor);
+  ARCUS_REQUIRE(static_cast<double>(head_dim) * m.partial_rotary_factor >= 2, ExitCode::usage,
+                "model.partial_rotary_factor ({}) of model.head_dim ({}) rotates no pair of "
+                "dimensions; set it to at least {}",
+                m.partial_rotary_factor, head_dim, 2.0 / static_cast<double>(head_dim));
   ARCUS_REQUIRE(m.rope_theta > 1, ExitCode::usage, "model.rope_theta is {}; it must exceed 1",
                 m.rope_theta);
 }

@@ -228,6 +228,7 @@ RoundMemory Transformer::count_round(std::int64_t num_tokens, std::int64_t rows,
   Arena scratch = Arena::counting("scratch");
   const std::int64_t h = model_.hidden_size;
   const DType acc = accumulate_dtype(compute);
+  if (!training) saved.allocate(acc, 1, num_tokens);  // the caller's token losses
   allocate_padded(saved, compute, num_tokens, h);
   allocate_padded(saved, compute, num_tokens, h);
   std::int64_t transient = 0;  // the largest layer's part that recomputation gives back
@@ -295,8 +296,8 @@ PrimitiveReport Transformer::build_primitives(Stream& stream, std::int64_t num_s
   PrimitiveReport report = arcus::build_primitives(
       stream, gemm_shapes(num_seqs * seq_len, max_segment_rows, compute, training));
   const AttentionLayer& attention = blocks_.front().attention();
-  const PrimitiveReport more = build_attention_primitives(
-      stream, attention.shape(num_seqs, seq_len), compute, training);
+  const PrimitiveReport more =
+      build_attention_primitives(stream, attention.shape(num_seqs, seq_len), compute, training);
   report.primitives += more.primitives;
   report.bytes += more.bytes;
   report.seconds += more.seconds;

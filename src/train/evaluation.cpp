@@ -4,19 +4,23 @@
 #include <cmath>
 #include <numbers>
 
+#include "src/base/log.hpp"
 #include "src/train/batch.hpp"
 #include "src/train/schedule.hpp"
 
 namespace arcus {
 namespace {
 
+using Heartbeat = std::function<void(std::int64_t layer, const char* what)>;
+
 /// Evaluates one domain; scratch buffers live as long as the evaluation.
 class DomainEvaluator {
  public:
   DomainEvaluator(ModelInstance& instance, const EvalSampler& sampler,
-                  std::int64_t max_micro_batches)
+                  std::int64_t max_micro_batches, const Heartbeat& heartbeat)
       : instance_(instance),
         sampler_(sampler),
+        heartbeat_(heartbeat),
         buffers_(instance.options().micro_batch_seqs, instance.options().seq_len),
         stats_(instance.transformer().make_stats()) {
     const std::int64_t seqs = instance.options().micro_batch_seqs;
@@ -59,7 +63,8 @@ class DomainEvaluator {
                     .scratch = instance_.scratch(),
                     .batch = batch,
                     .stats = stats_,
-                    .training = false};
+                    .training = false,
+                    .heartbeat = heartbeat_ ? &heartbeat_ : nullptr};
     const DType acc = accumulate_dtype(instance_.options().compute);
     instance_.transformer().evaluate(ctx, instance_.params(), instance_.dispatcher(),
                                      instance_.saved().allocate(acc, 1, batch.num_tokens()));
@@ -84,6 +89,7 @@ class DomainEvaluator {
 
   ModelInstance& instance_;
   const EvalSampler& sampler_;
+  const Heartbeat& heartbeat_;
   BatchBuffers buffers_;
   MicroBatchStats stats_;
   MicroBatchSchedule schedule_;
@@ -95,11 +101,18 @@ class DomainEvaluator {
 
 EvalMetrics evaluate(ModelInstance& instance, const TokenDataset& dataset, const DataConfig& data,
                      const std::vector<std::string>& domains, std::int64_t max_micro_batches,
-                     std::int64_t step) {
+                     std::int64_t step, const Heartbeat& heartbeat) {
   EvalMetrics metrics{.step = step};
   for (const std::string& name : domains.empty() ? dataset.domains() : domains) {
     const EvalSampler sampler(dataset, dataset.domain_idx(name), data, instance.options().seq_len);
-    metrics.domains.push_back(DomainEvaluator(instance, sampler, max_micro_batches).run(name));
+    if (sampler.num_windows() == 0) {
+      if (instance.world().rank() == 0) {
+        spdlog::warn("domain {} has no held-out text; prepare it with --valid-fraction", name);
+      }
+      continue;
+    }
+    metrics.domains.push_back(
+        DomainEvaluator(instance, sampler, max_micro_batches, heartbeat).run(name));
   }
   return metrics;
 }

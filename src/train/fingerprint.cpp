@@ -92,7 +92,7 @@ std::string check_fingerprints(Communicator& world, Stream& stream, DType comput
   }
   if (different.empty()) return mine;
   ARCUS_REQUIRE(
-      !reproducible, ExitCode::internal,
+      !reproducible, ExitCode::usage,
       "ranks compute different bits: rank 0: {}; {}. Use machines of one kind and one set "
       "of libraries, or set run.reproducible to false",
       all[0], different);

@@ -13,7 +13,7 @@ namespace arcus {
 std::string arithmetic_fingerprint(DType compute, int num_threads);
 
 /// Compares all ranks' fingerprints. Where they differ the ranks are named; `reproducible` refuses
-/// the run (exit code 70), otherwise it is a warning. Collective; returns this rank's.
+/// the run (exit code 64), otherwise it is a warning. Collective; returns this rank's.
 std::string check_fingerprints(Communicator& world, Stream& stream, DType compute,
                                bool reproducible);
 

@@ -162,6 +162,9 @@ std::vector<std::vector<std::int32_t>> generate(
   ARCUS_CHECK(n <= instance.options().micro_batch_seqs && instance.options().seq_len == 1,
               "{} prompts for an instance of {} x {} tokens", n,
               instance.options().micro_batch_seqs, instance.options().seq_len);
+  ARCUS_CHECK(instance.options().routing.eval_capacity_factor == 0,
+              "generation is dropless, routing.eval_capacity_factor is {}",
+              instance.options().routing.eval_capacity_factor);
   return Decoder(instance, prompts, options).run(on_token);
 }
 

@@ -69,23 +69,40 @@ std::string to_json_line(const EvalMetrics& m) {
   return Json{{"step", m.step}, {"eval", std::move(domains)}}.dump();
 }
 
-void cut_metrics(const std::string& file, std::int64_t step) {
-  if (!std::filesystem::exists(file)) return;
+KeptMetrics cut_metrics(const std::string& file, std::int64_t step) {
+  KeptMetrics kept;
+  if (!std::filesystem::exists(file)) return kept;
   std::ifstream in(file);
+  std::string text;
   std::string line;
-  std::uintmax_t keep = 0;
-  while (std::getline(in, line) && !in.eof()) {
+  bool changed = false;
+  while (std::getline(in, line)) {
     const Json json = Json::parse(line, nullptr, false);
-    if (json.is_discarded() || !json.contains("step") || json["step"].get<std::int64_t>() > step) {
-      break;
+    if (!json.is_object() || !json.contains("step") || !json["step"].is_number_integer()) {
+      // The last line of a run that was killed, or one that met a full disk.
+      ++kept.damaged_lines;
+      changed = true;
+      continue;
     }
-    keep += line.size() + 1;
+    const auto at = json["step"].get<std::int64_t>();
+    if (at > step) {
+      changed = true;
+      continue;
+    }
+    if (json.contains("eval")) kept.last_eval_step = at;
+    text += line + '\n';
   }
   in.close();
+  if (!changed) return kept;
+  const std::string fresh = file + ".new";
+  std::ofstream out(fresh, std::ios::binary | std::ios::trunc);
+  out << text;
+  out.close();
   std::error_code error;
-  std::filesystem::resize_file(file, keep, error);
-  ARCUS_REQUIRE(!error, ExitCode::usage, "cannot cut {} to step {}: {}", file, step,
-                error.message());
+  if (out) std::filesystem::rename(fresh, file, error);
+  ARCUS_REQUIRE(out && !error, ExitCode::usage, "cannot cut {} to step {} (is the disk full?)",
+                file, step);
+  return kept;
 }
 
 }  // namespace arcus

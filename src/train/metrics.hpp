@@ -18,7 +18,7 @@ struct LayerMetrics {
 struct StepTiming {
   double step_ms = 0;
   double tokens_per_s = 0;
-  double comm_ms = 0;           ///< this run's slowest rank waiting in or doing communication
+  double comm_ms = 0;           ///< of the slowest rank: communication not hidden behind work
   std::int64_t comm_bytes = 0;  ///< sent by all ranks
   double rank_load = 0;         ///< largest / mean of rows processed by a rank's experts
 };
@@ -55,7 +55,12 @@ struct EvalMetrics {
 std::string to_json_line(const StepMetrics& metrics);
 std::string to_json_line(const EvalMetrics& metrics);
 
-/// Cuts DIR/metrics.jsonl behind the last complete line whose step is <= `step` (resuming).
-void cut_metrics(const std::string& file, std::int64_t step);
+struct KeptMetrics {
+  std::int64_t last_eval_step = -1;  ///< of the evaluations kept
+  std::int64_t damaged_lines = 0;    ///< dropped: cut off by a crash or a full disk
+};
+/// Drops the lines of steps after `step` from metrics.jsonl (resuming), and those that cannot be
+/// read.
+KeptMetrics cut_metrics(const std::string& file, std::int64_t step);
 
 }  // namespace arcus

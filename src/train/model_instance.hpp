@@ -58,6 +58,11 @@ class ModelInstance {
   std::int64_t sent_bytes() const {
     return groups_.world->sent_bytes() + groups_.ep->sent_bytes() + groups_.edp->sent_bytes();
   }
+  /// Time this rank has spent in communication that was not hidden behind work.
+  double comm_seconds() const {
+    return stream_->waited_seconds() + groups_.world->blocked_seconds() +
+           groups_.ep->blocked_seconds() + groups_.edp->blocked_seconds();
+  }
   /// Writes the seed's initial values to all parameters of this rank.
   void initialize_parameters();
   /// Every rank's part of a flat to all ranks of its group.

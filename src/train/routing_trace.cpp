@@ -16,10 +16,12 @@ std::filesystem::path trace_file(const std::filesystem::path& run_dir, std::int6
 
 }  // namespace
 
-RoutingTrace::RoutingTrace(const std::filesystem::path& run_dir, std::int64_t step, int rank)
+RoutingTrace::RoutingTrace(const std::filesystem::path& run_dir, std::int64_t step, int rank,
+                           int num_ranks)
     : file_(h5::File::create(trace_file(run_dir, step, rank), ExitCode::usage)) {
   file_.write_attribute("format", "arcus-routing-trace-1");
   file_.write_attribute("step", step);
+  file_.write_attribute("num_ranks", std::int64_t{num_ranks});
 }
 
 void RoutingTrace::add(std::int64_t layer, const MicroBatch& batch, const Routing& routing) {

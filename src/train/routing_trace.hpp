@@ -12,7 +12,7 @@ namespace arcus {
 /// src/train/FORMAT.md.
 class RoutingTrace {
  public:
-  RoutingTrace(const std::filesystem::path& run_dir, std::int64_t step, int rank);
+  RoutingTrace(const std::filesystem::path& run_dir, std::int64_t step, int rank, int num_ranks);
   void add(std::int64_t layer, const MicroBatch& batch, const Routing& routing);
 
  private:

@@ -16,14 +16,20 @@ class MetricsLog {
   MetricsLog(const std::filesystem::path& dir, int rank, std::int64_t steps_done) {
     if (rank != 0 || dir.empty()) return;
     file_ = dir / "metrics.jsonl";
-    cut_metrics(file_.string(), steps_done);
+    kept_ = cut_metrics(file_.string(), steps_done);
+    if (kept_.damaged_lines > 0) {
+      spdlog::warn("dropped {} damaged line{} from {}", kept_.damaged_lines,
+                   kept_.damaged_lines == 1 ? "" : "s", file_.string());
+    }
     out_.open(file_, std::ios::app);
     ARCUS_REQUIRE(out_.is_open(), ExitCode::usage, "cannot write {}", file_.string());
   }
   template <class Metrics>
   void write(const Metrics& metrics) {
     if (!out_.is_open()) return;
-    out_ << to_json_line(metrics) << '\n' << std::flush;
+    // A line that met a full disk may stand there in part: the next one starts afresh.
+    out_ << (broken_ ? "\n" : "") << to_json_line(metrics) << '\n' << std::flush;
+    broken_ = !out_;
     if (!out_ && !warned_) {
       spdlog::warn("cannot write {} (is the disk full?); training goes on", file_.string());
       warned_ = true;
@@ -31,9 +37,13 @@ class MetricsLog {
     out_.clear();
   }
 
+  const KeptMetrics& kept() const { return kept_; }
+
  private:
   std::filesystem::path file_;
   std::ofstream out_;
+  KeptMetrics kept_;
+  bool broken_ = false;
   bool warned_ = false;
 };
 
@@ -48,19 +58,20 @@ class Run {
         options_(options),
         hooks_(hooks),
         log_(options.run_dir, trainer.instance().world().rank(), trainer.steps_done()),
-        last_save_(trainer.steps_done()) {}
+        last_save_(trainer.steps_done()),
+        last_eval_(agreed_last_eval()) {}
 
   RunEnd run() {
     const std::int64_t steps = trainer_.options().train.steps;
     RunEnd end = RunEnd::finished;
     while (trainer_.steps_done() < steps) {
       const StepRequests requests = step();
-      if (trainer_.bad_steps_in_a_row() >= options_.max_bad_steps) end = RunEnd::diverged;
       if (requests.time_up) end = RunEnd::time_up;
       if (requests.stop) end = RunEnd::stopped;
+      if (trainer_.bad_steps_in_a_row() >= options_.max_bad_steps) end = RunEnd::diverged;
       if (end != RunEnd::finished || trainer_.steps_done() >= steps) break;
-      if (due(options_.eval.every)) evaluate_now();
       if (due(options_.checkpoint.every)) save(false);
+      if (due(options_.eval.every)) evaluate_now();
     }
     // A signal leaves little time: save first, and leave the evaluation to the resumed run.
     if (trainer_.steps_done() != last_save_) save(true);
@@ -69,6 +80,15 @@ class Run {
   }
 
  private:
+  /// The last evaluation on record, which rank 0 alone has read.
+  std::int64_t agreed_last_eval() {
+    std::int64_t step = log_.kept().last_eval_step;
+    Stream& stream = trainer_.instance().stream();
+    stream.wait(
+        trainer_.instance().world().broadcast(stream, {.buffer = {&step, DType::i64, 1, 1}}));
+    return step;
+  }
+
   bool due(std::int64_t every) const { return every > 0 && trainer_.steps_done() % every == 0; }
 
   StepRequests step() {
@@ -77,7 +97,8 @@ class Run {
     const std::int64_t next = trainer_.steps_done() + 1;
     std::optional<RoutingTrace> trace;
     if (options_.trace_routing_every > 0 && next % options_.trace_routing_every == 0) {
-      trace.emplace(options_.run_dir, next, trainer_.instance().world().rank());
+      const Communicator& world = trainer_.instance().world();
+      trace.emplace(options_.run_dir, next, world.rank(), world.size());
       trainer_.set_observer([&](std::int64_t layer, const MicroBatch& batch, const Routing& r) {
         trace->add(layer, batch, r);
       });
@@ -95,8 +116,9 @@ class Run {
   }
 
   void evaluate_now() {
-    const EvalMetrics metrics = evaluate(trainer_.instance(), dataset_, data_, {},
-                                         options_.eval.batches, trainer_.steps_done());
+    const EvalMetrics metrics =
+        evaluate(trainer_.instance(), dataset_, data_, {}, options_.eval.batches,
+                 trainer_.steps_done(), trainer_.layer_heartbeat());
     last_eval_ = trainer_.steps_done();
     log_.write(metrics);
     if (hooks_.on_eval) hooks_.on_eval(metrics);
@@ -109,10 +131,11 @@ class Run {
       last_save_ = trainer_.steps_done();
     } catch (const Error& error) {
       if (last || error.code() != ExitCode::checkpoint) throw;
+      if (trainer_.instance().world().rank() != 0) return;
       spdlog::error(
-          "the checkpoint of step {} was not saved: {}; training goes on, the previous "
-          "checkpoint stands",
-          trainer_.steps_done(), error.what());
+          "the checkpoint of step {} was not saved in {}: {}; training goes on, earlier "
+          "checkpoints are as they were",
+          trainer_.steps_done(), options_.run_dir.string(), error.what());
     }
   }
 
@@ -124,7 +147,7 @@ class Run {
   const RunHooks& hooks_;
   MetricsLog log_;
   std::int64_t last_save_;
-  std::int64_t last_eval_ = -1;
+  std::int64_t last_eval_;
   std::chrono::steady_clock::time_point begin_ = std::chrono::steady_clock::now();
 };
 

@@ -41,7 +41,8 @@ Trainer::Trainer(ModelInstance& instance, const TrainerOptions& options)
     gather_offsets_.push_back(static_cast<std::int64_t>(r) * part);
   }
   const auto layers = static_cast<std::size_t>(options.model.num_layers);
-  counts_.resize(layers * (static_cast<std::size_t>(options.model.num_experts) + 1) + ranks + 1);
+  counts_.resize(layers * (static_cast<std::size_t>(options.model.num_experts) + 1) + 2 * ranks +
+                 1);
 }
 
 /// Token loss, then aux, z and entropy of every layer.
@@ -136,8 +137,12 @@ void Trainer::gather_scalars() {
   for (LayerMetrics& layer : metrics_.layers) layer.entropy /= static_cast<double>(metrics_.tokens);
 }
 
-void Trainer::reduce_counts(std::int64_t sent_before) {
+void Trainer::reduce_counts(std::int64_t sent_before, double comm_before) {
   Stream& stream = instance_->stream();
+  const auto ranks = static_cast<std::size_t>(schedule_.num_ranks);
+  const auto own = static_cast<std::size_t>(instance_->world().rank());
+  counts_[counts_.size() - 1 - ranks + own] =
+      static_cast<std::int64_t>((instance_->comm_seconds() - comm_before) * 1e6);
   counts_.back() = instance_->sent_bytes() - sent_before;
   stream.wait(instance_->world().all_reduce(
       stream,
@@ -155,12 +160,15 @@ void Trainer::reduce_counts(std::int64_t sent_before) {
                                           static_cast<double>(total)
                                     : 0;
   }
-  const auto rows = std::span(counts_).last(static_cast<std::size_t>(schedule_.num_ranks) + 1);
-  const auto all = std::accumulate(rows.begin(), rows.end() - 1, std::int64_t{0});
-  const auto most = *std::max_element(rows.begin(), rows.end() - 1);
+  const auto rows = std::span(counts_).last(2 * ranks + 1).first(ranks);
+  const auto micros = std::span(counts_).last(ranks + 1).first(ranks);
+  const auto all = std::accumulate(rows.begin(), rows.end(), std::int64_t{0});
+  const auto most = *std::max_element(rows.begin(), rows.end());
   metrics_.timing.rank_load =
       all > 0 ? static_cast<double>(most * schedule_.num_ranks) / static_cast<double>(all) : 1;
-  metrics_.timing.comm_bytes = rows.back();
+  metrics_.timing.comm_bytes = counts_.back();
+  metrics_.timing.comm_ms =
+      static_cast<double>(*std::max_element(micros.begin(), micros.end())) / 1e3;
 }
 
 std::int64_t Trainer::agree(StepRequests& requests) {
@@ -222,6 +230,7 @@ void Trainer::start_metrics() {
 const StepMetrics& Trainer::step(const BatchSampler& sampler, StepRequests& requests) {
   const auto begin = std::chrono::steady_clock::now();
   const std::int64_t sent_before = instance_->sent_bytes();
+  const double comm_before = instance_->comm_seconds();
   start_metrics();
   instance_->params().zero_sums(instance_->stream());
   std::fill(counts_.begin(), counts_.end(), 0);
@@ -229,7 +238,7 @@ const StepMetrics& Trainer::step(const BatchSampler& sampler, StepRequests& requ
 
   gather_scalars();
   update(agree(requests));
-  reduce_counts(sent_before);
+  reduce_counts(sent_before, comm_before);
   ++counters_[kStepsDone];
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
   metrics_.timing.step_ms = seconds.count() * 1e3;

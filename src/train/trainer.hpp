@@ -43,6 +43,8 @@ class Trainer {
   /// One step on the next global batch; the result is valid until the next one. `requests` of any
   /// rank are seen by all afterwards.
   const StepMetrics& step(const BatchSampler& sampler, StepRequests& requests);
+  /// Of the last step.
+  const StepMetrics& metrics() const { return metrics_; }
   /// Starting values; not needed after loading a checkpoint.
   void initialize();
   /// Logical state for checkpoints: weights, moments, counters. After reading into it call
@@ -57,6 +59,10 @@ class Trainer {
   std::int64_t optimizer_bytes() const { return optimizer_.bytes(); }
   void set_observer(RoutingObserver observer) { observer_ = std::move(observer); }
   void set_heartbeat(Heartbeat heartbeat);
+  /// The heartbeat for one layer of a pass, for evaluations between steps; may be empty.
+  const std::function<void(std::int64_t layer, const char* what)>& layer_heartbeat() const {
+    return layer_heartbeat_;
+  }
 
  private:
   enum Counter : std::size_t { kStepsDone, kUpdates, kBadSteps, kNumCounters };
@@ -64,7 +70,7 @@ class Trainer {
   void run_round(const BatchSampler& sampler, std::int64_t round);
   void start_metrics();
   void gather_scalars();
-  void reduce_counts(std::int64_t sent_before);
+  void reduce_counts(std::int64_t sent_before, double comm_before);
   /// Agrees on the worst news; returns the key of the first bad leaf or kNoBadLeaf.
   std::int64_t agree(StepRequests& requests);
   void update(std::int64_t bad_leaf);
@@ -80,7 +86,8 @@ class Trainer {
   MicroBatchStats stats_;
   StepMetrics metrics_;
   std::vector<double> scalars_;       ///< [rank, round, record]
-  std::vector<std::int64_t> counts_;  ///< [L * E] demand, [L] dropped, [ranks] rows, bytes sent
+  std::vector<std::int64_t> counts_;  ///< [L * E] demand, [L] dropped, [ranks] rows,
+                                      ///< [ranks] communication in us, bytes sent
   std::vector<std::int64_t> gather_counts_, gather_offsets_;
   std::vector<std::int64_t> counters_ = std::vector<std::int64_t>(kNumCounters, 0);
   RoutingObserver observer_;

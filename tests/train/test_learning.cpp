@@ -127,16 +127,59 @@ TEST_F(Learning, MetricsReadBackToTheSameBitsAndAreCutOnResume) {
       losses.push_back(std::sqrt(2.0) / step);
       out << to_json_line(StepMetrics{.step = step, .loss = losses.back()}) << '\n';
     }
+    out << R"({"step":3,"eval":{}})"
+        << "\n{\"step\":\n";
     out << R"({"step":6,"lo)";  // a line that a crash cut off
   }
-  cut_metrics(file, 3);
+  const KeptMetrics kept = cut_metrics(file, 3);
+  EXPECT_EQ(kept.last_eval_step, 3);
+  EXPECT_EQ(kept.damaged_lines, 2);
   std::ifstream in(file);
   std::string line;
   std::size_t count = 0;
   while (std::getline(in, line)) {
-    EXPECT_EQ(nlohmann::json::parse(line)["loss"].get<double>(), losses[count++]);
+    const auto json = nlohmann::json::parse(line);
+    if (json.contains("eval")) continue;
+    EXPECT_EQ(json["loss"].get<double>(), losses[count++]);
   }
   EXPECT_EQ(count, 3U);
+}
+
+// Evaluation in an instance of its own plans its own memory, without the slack of a training one.
+TEST_F(Learning, EvaluationAloneFitsItsMemoryPlan) {
+  const auto evaluate_alone = [&](const TrainerOptions& options) {
+    InstanceOptions alone = instance_options(options);
+    alone.training = false;
+    Stream stream(1);
+    ModelInstance instance(make_process_groups(*self_, 1), stream, alone);
+    instance.initialize_parameters();
+    const EvalMetrics metrics = evaluate(instance, dataset_, {}, {}, 0, 0);
+    EXPECT_EQ(metrics.domains.size(), 2U);
+    EXPECT_NEAR(metrics.domains[0].loss, std::log(256.0), 0.5);
+  };
+  for (const char* dtype : {"f32", "bf16"}) {
+    for (const std::int64_t seq_len : {16, 24, 32}) {
+      TrainerOptions options = small_training();
+      options.train.dtype = dtype;
+      options.train.seq_len = seq_len;
+      evaluate_alone(options);
+      options.routing.eval_capacity_factor = 1.0;
+      evaluate_alone(options);
+      options.routing.eval_capacity_factor = 0;
+      options.model.topk = options.model.num_experts;
+      evaluate_alone(options);
+      options.model.first_k_dense = options.model.num_layers;
+      options.model.dense_ff_size = 40;
+      evaluate_alone(options);
+      options = small_training();
+      options.train.dtype = dtype;
+      options.model.num_experts = options.model.topk = 1;
+      options.model.num_shared_experts = 1;
+      options.model.shared_expert_gate = true;
+      options.routing.renormalize = false;
+      evaluate_alone(options);
+    }
+  }
 }
 
 TEST_F(Learning, EvaluationIsTheSameOnAnyLayout) {

@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
+
 #include "tests/support/training_fixture.hpp"
 
 namespace arcus::testing {
@@ -59,6 +61,30 @@ TEST_F(Resume, TwoHalvesOnOtherLayoutsAreTheWhole) {
       EXPECT_EQ(lines, whole) << dtype << ": " << first.ranks << " ranks EP " << first.ep
                               << ", then " << second.ranks << " ranks EP " << second.ep;
     }
+  }
+}
+
+TEST_F(Resume, AnyTensorCanBeFrozen) {
+  TrainerOptions options = small_training();
+  options.model.num_shared_experts = 1;
+  options.model.shared_expert_gate = true;
+  options.model.first_k_dense = 1;
+  options.model.dense_ff_size = 24;
+  options.model.qkv_bias = true;
+  options.routing.gate_bias = true;
+  auto self = make_self_communicator();
+  std::vector<std::string> names;
+  {
+    TrainingRun run(*self, 1, options, dataset_);
+    for (const ParamRow& row : run.instance().registry().rows()) names.push_back(row.name);
+  }
+  for (const std::string& name : names) {
+    options.groups = {{.match = "^" + name + "$", .frozen = true}};
+    TrainingRun run(*self, 1, options, dataset_);
+    run.trainer().initialize();
+    std::vector<std::string> lines;
+    run.steps(1, lines);
+    EXPECT_TRUE(std::isfinite(run.trainer().metrics().grad_norm)) << name;
   }
 }
 
