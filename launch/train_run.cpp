@@ -60,6 +60,11 @@ TrainRun::TrainRun(Session& session, const Config& config, const std::string& re
       dir_(config.run.dir),
       dataset_(open_dataset(session, config.run.data)) {
   session_.together([&] {
+    ARCUS_REQUIRE(resume == "auto" || resume == "none" || fs::exists(resume), ExitCode::usage,
+                  "--resume {}: no such checkpoint or run folder; it takes auto, none or a path",
+                  resume);
+  });
+  session_.together([&] {
     config_.model.vocab_size = resolve_model(config_, &dataset_).vocab_size;
     resolve_ep_size(config_.parallel.ep_size, session_.comm().size(), config_.model.num_experts);
     sampler_ = std::make_unique<BatchSampler>(dataset_, config_.data, config_.train.seq_len,
@@ -71,6 +76,7 @@ TrainRun::TrainRun(Session& session, const Config& config, const std::string& re
   print_plan();
   build();
   restore(resume);
+  watch();
   session_.together([&] {
     if (session_.is_root()) std::ofstream(dir_ / "config.toml") << to_toml(config_);
   });
@@ -124,15 +130,44 @@ void TrainRun::build() {
                    report.primitives, report.seconds, static_cast<double>(report.bytes) / 1e6);
     }
   });
+}
+
+/// Once the state is there: reading a large checkpoint is no sign of being stuck.
+void TrainRun::watch() {
   watchdog_ = make_watchdog(session_.comm(), config_.run.stuck_after_s);
   trainer_->set_heartbeat([this](std::int64_t step, std::int64_t layer, const char* what) {
     watchdog_->beat(step, layer, what);
   });
 }
 
+/// What can be said of the checkpoint before its tensors are read: a message about shapes would
+/// hide the reason. One that cannot be opened is left to the reader, which may fall back.
+void TrainRun::check_before_reading(const std::string& resume) {
+  if (!session_.is_root() || resume == "none") return;
+  const bool given = resume != "auto";
+  const auto own = find_latest(dir_);
+  const auto path = given ? std::optional(locate_checkpoint(resume)) : own;
+  if (!path) return;
+  const auto info_of = [](const fs::path& checkpoint) -> std::optional<CheckpointInfo> {
+    try {
+      return open_checkpoint(checkpoint).info;
+    } catch (const Error&) {
+      return std::nullopt;
+    }
+  };
+  const auto info = info_of(*path);
+  if (!info) return;
+  check_tokenizer(*info);
+  const auto present = given && own ? info_of(*own) : std::nullopt;
+  ARCUS_REQUIRE(!present || present->run_id == info->run_id, ExitCode::usage,
+                "{} holds checkpoints of another run than {}; set run.dir to another folder",
+                dir_.string(), resume);
+}
+
 void TrainRun::restore(const std::string& resume) {
-  const auto resumed = resume_checkpoint(session_.comm(), *stream_, dir_,
-                                         resume == "none" ? "none" : resume, trainer_->state());
+  session_.together([&] { check_before_reading(resume); });
+  const auto resumed =
+      resume_checkpoint(session_.comm(), *stream_, dir_, resume, trainer_->state());
   if (!resumed) {
     trainer_->initialize();
     run_id_ = broadcast_text(session_.comm(), *stream_, new_run_id());
@@ -147,20 +182,29 @@ void TrainRun::restore(const std::string& resume) {
   }
 }
 
-void TrainRun::check_resumed(const CheckpointInfo& info) {
-  const auto extra = [&](const char* key) {
-    const auto it = info.extra.find(key);
-    return it == info.extra.end() ? std::string() : it->second;
-  };
+namespace {
+
+std::string extra_of(const CheckpointInfo& info, const char* key) {
+  const auto it = info.extra.find(key);
+  return it == info.extra.end() ? std::string() : it->second;
+}
+
+}  // namespace
+
+void TrainRun::check_tokenizer(const CheckpointInfo& info) const {
   const Tokenizer& tokenizer = dataset_.tokenizer();
-  ARCUS_REQUIRE(extra(extra_key::kTokenizerKind) == tokenizer.kind() &&
-                    extra(extra_key::kTokenizer) == tokenizer.serialized(),
+  ARCUS_REQUIRE(extra_of(info, extra_key::kTokenizerKind) == tokenizer.kind() &&
+                    extra_of(info, extra_key::kTokenizer) == tokenizer.serialized(),
                 ExitCode::data,
                 "the checkpoint was trained on data with another tokenizer ({}) than {} has ({}); "
                 "prepare the data with the first run's tokenizer or start a new run",
-                extra(extra_key::kTokenizerKind), config_.run.data, tokenizer.kind());
+                extra_of(info, extra_key::kTokenizerKind), config_.run.data, tokenizer.kind());
+}
+
+void TrainRun::check_resumed(const CheckpointInfo& info) {
+  check_tokenizer(info);
   if (!session_.is_root()) return;
-  if (extra(extra_key::kDataFingerprint) != hex(dataset_.fingerprint())) {
+  if (extra_of(info, extra_key::kDataFingerprint) != hex(dataset_.fingerprint())) {
     spdlog::warn("{} is not the data that the checkpoint was trained on; samples will differ",
                  config_.run.data);
   }

@@ -31,6 +31,9 @@ class TrainRun {
   void print_plan();
   void build();
   void restore(const std::string& resume);
+  void watch();
+  void check_before_reading(const std::string& resume);
+  void check_tokenizer(const CheckpointInfo& info) const;
   void check_resumed(const CheckpointInfo& info);
   RunOptions run_options() const;
   RunHooks hooks();

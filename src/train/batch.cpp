@@ -33,8 +33,9 @@ MicroBatch BatchBuffers::fill(const BatchSampler& sampler, std::int64_t number,
   for (std::int64_t s = 0; s < num_seqs; ++s) {
     const auto at = static_cast<std::size_t>(s * seq_len_);
     sampler.sample(first_sample + s, tokens_, std::span(first_key_).subspan(at, length));
-    std::copy_n(tokens_.begin(), length, ids_.begin() + static_cast<std::ptrdiff_t>(at));
-    std::copy_n(tokens_.begin() + 1, length, targets_.begin() + static_cast<std::ptrdiff_t>(at));
+    const auto to = static_cast<std::ptrdiff_t>(at);
+    std::copy(tokens_.begin(), tokens_.end() - 1, ids_.begin() + to);
+    std::copy(tokens_.begin() + 1, tokens_.end(), targets_.begin() + to);
   }
   return view(number, num_seqs);
 }

@@ -45,12 +45,9 @@ void add_advice(const TrainerOptions& options, TrainPlan& plan) {
 }  // namespace
 
 std::string grouped_digits(std::int64_t value) {
-  std::string digits = std::to_string(value);
-  for (auto at = static_cast<std::ptrdiff_t>(digits.size()) - 3; at > (value < 0 ? 1 : 0);
-       at -= 3) {
-    digits.insert(static_cast<std::size_t>(at), ",");
-  }
-  return digits;
+  if (value < 0) return fmt::format("-{}", grouped_digits(-value));
+  if (value < 1000) return fmt::format("{}", value);
+  return fmt::format("{},{:03}", grouped_digits(value / 1000), value % 1000);
 }
 
 std::string bytes_text(std::int64_t bytes) {

@@ -65,9 +65,11 @@ std::vector<StateView> Trainer::state() {
   const char* const names[kNumCounters] = {"counters/steps_done", "counters/updates",
                                            "counters/bad_steps_in_a_row"};
   for (std::size_t i = 0; i < kNumCounters; ++i) {
-    views.push_back({.spec = {names[i], DType::i64, {}, 1},
-                     .replicated = true,
-                     .slices = {{{0, 1}, &counters_[i]}}});
+    StateView& view = views.emplace_back();
+    view.spec.name = names[i];
+    view.spec.dtype = DType::i64;
+    view.replicated = true;
+    view.slices.push_back({{0, 1}, &counters_[i]});
   }
   return views;
 }
