@@ -32,6 +32,8 @@ void set_handler(int number, void (*handler)(int)) {
 
 void install_signal_handlers() {
   for (const int number : {SIGUSR1, SIGTERM, SIGINT}) set_handler(number, on_stop_signal);
+  // A file that grows past `ulimit -f` is then an error of write, reported like a full disk.
+  std::signal(SIGXFSZ, SIG_IGN);
 }
 
 void ignore_stop_requests() {

@@ -11,6 +11,7 @@
 
 #include "checkpoints/checkpoint.hpp"
 #include "comm/backends.hpp"
+#include "kernels/cpu/gemm_cache.hpp"
 #include "src/base/hash.hpp"
 #include "src/data/prepare.hpp"
 #include "src/train/trainer.hpp"
@@ -36,6 +37,12 @@ class TemporaryFolder {
  private:
   std::filesystem::path path_;
 };
+
+/// The compute types that this processor has.
+inline std::vector<const char*> compute_dtypes() {
+  return cpu::bf16_is_native() ? std::vector<const char*>{"f32", "bf16"}
+                               : std::vector<const char*>{"f32"};
+}
 
 /// Two domains of bytes from texts of this repository.
 inline TokenDataset small_dataset(const std::filesystem::path& dir) {

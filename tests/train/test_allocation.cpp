@@ -118,7 +118,7 @@ TEST(Allocation, TheCounterCounts) {
 }
 
 TEST(Allocation, AWarmStepAllocatesNothing) {
-  for (const char* dtype : {"f32", "bf16"}) {
+  for (const char* dtype : compute_dtypes()) {
     for (const double capacity_factor : {0.0, 1.0}) {
       count_in_steps(dtype, capacity_factor, 1);
       EXPECT_EQ(elsewhere.allocations.load(), 0)

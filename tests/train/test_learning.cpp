@@ -157,7 +157,7 @@ TEST_F(Learning, EvaluationAloneFitsItsMemoryPlan) {
     EXPECT_EQ(metrics.domains.size(), 2U);
     EXPECT_NEAR(metrics.domains[0].loss, std::log(256.0), 0.5);
   };
-  for (const char* dtype : {"f32", "bf16"}) {
+  for (const char* dtype : compute_dtypes()) {
     for (const std::int64_t seq_len : {16, 24, 32}) {
       TrainerOptions options = small_training();
       options.train.dtype = dtype;

@@ -44,7 +44,7 @@ class Resume : public ::testing::Test {
 };
 
 TEST_F(Resume, TwoHalvesOnOtherLayoutsAreTheWhole) {
-  for (const char* dtype : {"f32", "bf16"}) {
+  for (const char* dtype : compute_dtypes()) {
     TrainerOptions options = small_training();
     options.routing.capacity_factor = 1.0;
     options.train.dtype = dtype;
