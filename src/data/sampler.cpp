@@ -176,6 +176,10 @@ std::int64_t EvalSampler::num_windows() const {
   return (targets + seq_len_ - 1) / seq_len_;
 }
 
+std::int64_t EvalSampler::num_real_tokens(std::int64_t window) const {
+  return std::min(seq_len_, file_->num_tokens() - window * seq_len_);
+}
+
 std::int64_t EvalSampler::sample(std::int64_t window, std::span<std::int32_t> tokens,
                                  std::span<std::int32_t> targets,
                                  std::span<std::int32_t> first_key) const {

@@ -68,6 +68,8 @@ class EvalSampler {
               std::int64_t seq_len);
   /// 0 when fewer than two tokens are held out.
   std::int64_t num_windows() const;
+  /// Tokens of a window that are text: seq_len, fewer in the last one.
+  std::int64_t num_real_tokens(std::int64_t window) const;
   /// tokens: [seq_len] (or [seq_len + 1], whose last one is the token after the window); the last
   /// window is filled with EOS. targets: [seq_len]: the token after position s, -1 where there is
   /// none. Every held-out token but the first is a target once. first_key as in BatchSampler.

@@ -1,6 +1,7 @@
 #include "src/model/gate.hpp"
 
 #include <algorithm>
+#include <cstring>
 
 namespace arcus {
 
@@ -34,6 +35,21 @@ Routing Gate::allocate(Arena& arena, std::int64_t num_tokens, DType compute) con
   return r;
 }
 
+namespace {
+
+/// Tokens from `first` on go to no expert.
+void leave_out_padding(Routing& routing, std::int64_t first) {
+  const std::int64_t count = routing.topk_idx.rows - first;
+  if (count == 0) return;
+  for (const TensorView& view : {routing.topk_idx, routing.expert_of_slot}) {
+    std::ranges::fill(view.row_range(first, count).span<std::int32_t>(), -1);
+  }
+  const TensorView weight = routing.weight.row_range(first, count);
+  std::memset(weight.data, 0, static_cast<std::size_t>(weight.size()) * size_of(weight.dtype));
+}
+
+}  // namespace
+
 void Gate::forward(PassContext& ctx, const ParamStore& params, ConstTensorView x, Routing& routing,
                    bool replay) const {
   gate_logits(ctx.stream, {.z = routing.z,
@@ -48,15 +64,19 @@ void Gate::forward(PassContext& ctx, const ParamStore& params, ConstTensorView x
                            .lse = routing.lse,
                            .z = routing.z,
                            .score = find_score(routing_.score).score});
-  if (!replay) select_and_drop(ctx, routing);
-  combine_weights(ctx.stream, {.weight = routing.weight,
-                               .s = routing.s,
-                               .topk_idx = routing.topk_idx,
-                               .expert_of_slot = routing.expert_of_slot,
+  Routing real = routing.first_tokens(ctx.batch.num_real_tokens());
+  if (!replay) select_and_drop(ctx, real);
+  combine_weights(ctx.stream, {.weight = real.weight,
+                               .s = real.s,
+                               .topk_idx = real.topk_idx,
+                               .expert_of_slot = real.expert_of_slot,
                                .renormalize = routing_.renormalize,
                                .renormalize_after_drop = routing_.renormalize_after_drop,
                                .scale = routing_.routed_scaling_factor});
-  report(ctx, routing);
+  report(ctx, real);
+  routing.capacity = real.capacity;
+  routing.fraction = real.fraction;
+  leave_out_padding(routing, real.z.rows);
   if (!replay && ctx.observer != nullptr && *ctx.observer) {
     (*ctx.observer)(ctx.layer, ctx.batch, routing);
   }
@@ -92,7 +112,7 @@ void Gate::report(PassContext& ctx, Routing& routing) const {
   const ArenaScope scope(ctx.scratch);
   const std::int64_t group = aux_group_tokens(routing_, ctx.batch);
   if (group > 0)
-    routing.fraction = routing.fraction.row_range(0, (ctx.batch.num_tokens() + group - 1) / group);
+    routing.fraction = routing.fraction.row_range(0, (routing.z.rows + group - 1) / group);
   const auto layer = static_cast<std::size_t>(ctx.layer);
   BalanceValues values;
   gate_statistics(ctx.stream, {.aux = &values.aux,

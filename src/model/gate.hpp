@@ -24,6 +24,7 @@ class Gate {
   std::vector<GemmShape> gemm_shapes(std::int64_t max_tokens, DType compute, bool training) const;
 
  private:
+  /// Both see the real tokens alone.
   void select_and_drop(PassContext& ctx, Routing& routing) const;
   void report(PassContext& ctx, Routing& routing) const;
 

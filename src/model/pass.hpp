@@ -17,14 +17,17 @@ struct MicroBatch {
   std::int64_t number = -1;
   std::int64_t num_seqs = 0;
   std::int64_t seq_len = 0;
-  ConstTensorView ids;        ///< [1, T] i32
-  ConstTensorView targets;    ///< [1, T] i32, -1 = none
-  ConstTensorView position;   ///< [1, T] i32, inside the sequence
-  ConstTensorView first_key;  ///< [1, T] i32, first position that may be attended to
-  double loss_scale = 0;      ///< 1 / target tokens of the whole step
-  double weight = 0;          ///< T_m / sum T, for auxiliary losses
+  std::int64_t num_padding_tokens = 0;  ///< at the end of the last sequence (evaluation only)
+  ConstTensorView ids;                  ///< [1, T] i32
+  ConstTensorView targets;              ///< [1, T] i32, -1 = none
+  ConstTensorView position;             ///< [1, T] i32, inside the sequence
+  ConstTensorView first_key;            ///< [1, T] i32, first position that may be attended to
+  double loss_scale = 0;                ///< 1 / target tokens of the whole step
+  double weight = 0;                    ///< T_m / sum T, for auxiliary losses
 
   std::int64_t num_tokens() const { return num_seqs * seq_len; }
+  /// Tokens that are text: padding is not routed and in no mean.
+  std::int64_t num_real_tokens() const { return num_tokens() - num_padding_tokens; }
 };
 
 /// What a micro-batch reports; all vectors are sized by the transformer, dense layers stay 0.
@@ -48,6 +51,9 @@ struct Routing {
   TensorView weight;          ///< [T, K] A
   TensorView fraction;        ///< [groups, E] A: f of the aux loss
   std::int64_t capacity = 0;  ///< 0 = dropless
+
+  /// The first `tokens` rows of everything that has a row a token.
+  Routing first_tokens(std::int64_t tokens) const;
 };
 
 /// Sees the routing of every MoE layer as it is made (routing traces).

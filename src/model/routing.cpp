@@ -52,7 +52,7 @@ const ScoreRow& find_score(std::string_view name) { return find(kScores, "score"
 const SelectRow& find_select(std::string_view name) { return find(kSelects, "select", name); }
 
 std::int64_t aux_group_tokens(const RoutingConfig& config, const MicroBatch& batch) {
-  return config.aux_scope == "sequence" ? batch.seq_len : batch.num_tokens();
+  return config.aux_scope == "sequence" ? batch.seq_len : batch.num_real_tokens();
 }
 
 }  // namespace arcus

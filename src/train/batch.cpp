@@ -51,7 +51,9 @@ MicroBatch BatchBuffers::fill(const EvalSampler& sampler, std::int64_t number,
                                    std::span(first_key_).subspan(at, length));
     num_targets += std::count_if(targets.begin(), targets.end(), [](auto id) { return id >= 0; });
   }
-  return view(number, num_seqs);
+  MicroBatch batch = view(number, num_seqs);
+  batch.num_padding_tokens = seq_len_ - sampler.num_real_tokens(first_window + num_seqs - 1);
+  return batch;
 }
 
 MicroBatch BatchBuffers::fill(std::span<const std::int32_t> ids,
