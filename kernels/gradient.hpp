@@ -59,19 +59,26 @@ struct FinishGradient {
 };
 ARCUS_DECLARE_OP(finish_gradient, FinishGradient)
 
-/// One block's sum of squares: 8 interleaved f64 sums (element i to sum i mod 8), added 0..7.
-struct SumOfSquares {
-  double* result = nullptr;
-  ConstTensorView gradient;  ///< [1, n]
+/// Elements begin..begin + count of a flat array.
+struct ElementRange {
+  std::int64_t begin = 0, count = 0;
 };
-ARCUS_DECLARE_OP(sum_of_squares, SumOfSquares)
+
+/// result[b] = sum of squares of blocks[b], as 8 interleaved f64 sums (a block's element i to sum
+/// i mod 8), added 0..7: it depends on the block's elements alone, not on its place or neighbours.
+struct BlockSumsOfSquares {
+  TensorView result;                     ///< [1, B] f64
+  ConstTensorView gradient;              ///< [1, n] f32 | f64
+  std::span<const ElementRange> blocks;  ///< [B], inside gradient
+};
+ARCUS_DECLARE_OP(block_sums_of_squares, BlockSumsOfSquares)
 
 /// AdamW [1711.05101] on n elements in place. g is multiplied by clip_factor first.
 struct AdamW {
-  TensorView master;          ///< [1, n] f32 | f64
-  TensorView m, v;            ///< [1, n], master's type
-  ConstTensorView gradient;   ///< [1, n], master's type
-  TensorView compute;         ///< [1, n] bf16 copy to write, or empty
+  TensorView master;         ///< [1, n] f32 | f64
+  TensorView m, v;           ///< [1, n], master's type
+  ConstTensorView gradient;  ///< [1, n], master's type
+  TensorView compute;        ///< [1, n] bf16 copy to write, or empty
   double clip_factor = 1;
   double lr = 0, beta1 = 0, beta2 = 0, eps = 0, weight_decay = 0;
   double bias_correction1 = 1;  ///< 1 - beta1^t

@@ -160,26 +160,42 @@ void finish_gradient(Stream& stream, const FinishGradient& args) {
   });
 }
 
-void sum_of_squares(Stream&, const SumOfSquares& args) {
+namespace {
+
+template <class A>
+double sum_of_squares(const A* gradient, std::int64_t count) {
   constexpr std::int64_t kSums = 8;
+  std::array<double, kSums> sums{};
+  std::int64_t i = 0;
+  for (; i + kSums <= count; i += kSums) {
+    for (std::int64_t lane = 0; lane < kSums; ++lane) {
+      const auto value = static_cast<double>(gradient[i + lane]);
+      sums[static_cast<std::size_t>(lane)] += value * value;
+    }
+  }
+  for (std::size_t lane = 0; i < count; ++i, ++lane) {
+    const auto value = static_cast<double>(gradient[i]);
+    sums[lane] += value * value;
+  }
+  double total = 0;
+  for (const double sum : sums) total += sum;
+  return total;
+}
+
+}  // namespace
+
+void block_sums_of_squares(Stream& stream, const BlockSumsOfSquares& args) {
+  const auto num_blocks = static_cast<std::int64_t>(args.blocks.size());
+  if (num_blocks == 0) return;
+  ARCUS_CHECK(args.result.size() == num_blocks, "{} sums of squares of {} blocks",
+              args.result.size(), num_blocks);
   dispatch_accumulate(args.gradient.dtype, [&]<class A>() {
     const A* gradient = args.gradient.as<A>();
-    const std::int64_t count = args.gradient.size();
-    std::array<double, kSums> sums{};
-    std::int64_t i = 0;
-    for (; i + kSums <= count; i += kSums) {
-      for (std::int64_t lane = 0; lane < kSums; ++lane) {
-        const auto value = static_cast<double>(gradient[i + lane]);
-        sums[static_cast<std::size_t>(lane)] += value * value;
-      }
-    }
-    for (std::size_t lane = 0; i < count; ++i, ++lane) {
-      const auto value = static_cast<double>(gradient[i]);
-      sums[lane] += value * value;
-    }
-    double total = 0;
-    for (const double sum : sums) total += sum;
-    *args.result = total;
+    auto* result = args.result.as<double>();
+    parallel_tasks(stream, num_blocks, [&](std::int64_t task, int) {
+      const ElementRange& block = args.blocks[static_cast<std::size_t>(task)];
+      result[task] = sum_of_squares(gradient + block.begin, block.count);
+    });
   });
 }
 

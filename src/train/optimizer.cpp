@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "kernels/cpu/parallel.hpp"
 #include "kernels/elementwise.hpp"
 
 namespace arcus {
@@ -28,6 +27,9 @@ Optimizer::Optimizer(ModelInstance& instance, const TrainConfig& config)
     flat.m = allocate("first moments");
     flat.v = allocate("second moments");
     flat.gradient = allocate("gradients");
+    for (const ParamBlock& block : instance.shards(id).owned(instance.group(id).rank())) {
+      flat.blocks.push_back({block.begin - flat.begin, block.count});
+    }
   }
   plan_norm();
 }
@@ -80,24 +82,17 @@ void Optimizer::reduce_gradients() {
 
 double Optimizer::gradient_norm() {
   Stream& stream = instance_->stream();
-  const auto rank = static_cast<std::size_t>(instance_->world().rank());
-  std::int64_t position = norm_offsets_[rank];
+  const TensorView parts(norm_parts_.data(), DType::f64, 1, std::ssize(norm_parts_));
+  std::int64_t position = norm_offsets_[static_cast<std::size_t>(instance_->world().rank())];
   for (const Flat& flat : flats_) {
-    const auto owned = instance_->shards(flat.id).owned(instance_->group(flat.id).rank());
-    cpu::parallel_tasks(
-        stream, static_cast<std::int64_t>(owned.size()), [&](std::int64_t task, int) {
-          const ParamBlock& block = owned[static_cast<std::size_t>(task)];
-          cpu::sum_of_squares(
-              stream, {.result = &norm_parts_[static_cast<std::size_t>(position + task)],
-                       .gradient = flat.gradient.col_range(block.begin - flat.begin, block.count)});
-        });
-    position += static_cast<std::int64_t>(owned.size());
+    const auto count = static_cast<std::int64_t>(flat.blocks.size());
+    block_sums_of_squares(stream, {.result = parts.col_range(position, count),
+                                   .gradient = flat.gradient,
+                                   .blocks = flat.blocks});
+    position += count;
   }
-  const auto total = static_cast<std::int64_t>(norm_parts_.size());
-  stream.wait(
-      instance_->world().all_gather_v(stream, {.buffer = {norm_parts_.data(), DType::f64, 1, total},
-                                               .counts = norm_counts_,
-                                               .offsets = norm_offsets_}));
+  stream.wait(instance_->world().all_gather_v(
+      stream, {.buffer = parts, .counts = norm_counts_, .offsets = norm_offsets_}));
   double sum = 0;
   for (const NormBlock& block : norm_order_) {
     sum += norm_parts_[static_cast<std::size_t>(block.position)];

@@ -35,6 +35,7 @@ class Optimizer {
     FlatId id;
     std::int64_t begin = 0, count = 0;  ///< elements owned by this rank
     TensorView master, m, v, gradient;  ///< [1, count]
+    std::vector<ElementRange> blocks;   ///< owned ones, in `gradient`
     std::vector<std::unique_ptr<Arena>> memory;
   };
   struct NormBlock {

@@ -221,22 +221,61 @@ TEST(FinishGradient, PlainSumsAreCopied) {
   EXPECT_EQ(gradient.values, sum.values);
 }
 
-TEST(SumOfSquares, AddsEightInterleavedSums) {
-  Stream stream(1);
-  for (const std::int64_t n : {0, 1, 7, 8, 9, 1000, 65536, 70001}) {
-    Matrix<float> gradient(1, n);
-    gradient.randomize(static_cast<std::uint32_t>(n));
+/// Blocks of many sizes, one after the other with gaps between them.
+std::vector<ElementRange> blocks_of_many_sizes() {
+  std::vector<ElementRange> blocks;
+  std::int64_t begin = 0;
+  for (const std::int64_t count : {0, 1, 7, 8, 9, 1000, 65536, 70001}) {
+    blocks.push_back({begin, count});
+    begin += count + count % 5;
+  }
+  return blocks;
+}
+
+template <class A>
+std::vector<double> sums_of_squares(int threads, Matrix<A>& gradient,
+                                    std::span<const ElementRange> blocks) {
+  Stream stream(threads);
+  std::vector<double> result(blocks.size(), -1);
+  block_sums_of_squares(stream, {.result = {result.data(), DType::f64, 1, std::ssize(result)},
+                                 .gradient = gradient.view(),
+                                 .blocks = blocks});
+  return result;
+}
+
+template <class A>
+void expect_eight_interleaved_sums() {
+  const std::vector<ElementRange> blocks = blocks_of_many_sizes();
+  Matrix<A> gradient(1, blocks.back().begin + blocks.back().count);
+  gradient.randomize(1);
+  const std::vector<double> result = sums_of_squares(1, gradient, blocks);
+  for (std::size_t b = 0; b < blocks.size(); ++b) {
     double sums[8] = {};
-    for (std::int64_t i = 0; i < n; ++i) {
-      const double value = gradient.at(0, i);
+    for (std::int64_t i = 0; i < blocks[b].count; ++i) {
+      const double value = gradient.at(0, blocks[b].begin + i);
       sums[i % 8] += value * value;
     }
     double expected = 0;
     for (const double sum : sums) expected += sum;
-    double result = -1;
-    sum_of_squares(stream, {.result = &result, .gradient = gradient.view()});
-    EXPECT_EQ(result, expected) << n;
+    EXPECT_EQ(result[b], expected) << blocks[b].count;
   }
+}
+TEST(BlockSumsOfSquares, AddEightInterleavedSums) {
+  expect_eight_interleaved_sums<float>();
+  expect_eight_interleaved_sums<double>();
+}
+
+TEST(BlockSumsOfSquares, DependNeitherOnNeighboursNorThreads) {
+  const std::vector<ElementRange> blocks = blocks_of_many_sizes();
+  Matrix<float> gradient(1, blocks.back().begin + blocks.back().count);
+  gradient.randomize(1);
+  const std::vector<double> together = sums_of_squares(1, gradient, blocks);
+  EXPECT_EQ(sums_of_squares(3, gradient, blocks), together);
+  for (std::size_t b = 0; b < blocks.size(); ++b) {
+    const ElementRange alone[] = {blocks[b]};
+    EXPECT_EQ(sums_of_squares(2, gradient, alone), std::vector{together[b]});
+  }
+  EXPECT_TRUE(sums_of_squares(2, gradient, {}).empty());
 }
 
 struct AdamWState {
