@@ -154,6 +154,17 @@ void fill_zero(Stream& stream, const FillZero& args) {
                   });
 }
 
+void fill_value(Stream& stream, const FillValue& args) {
+  dispatch_compute(args.y.dtype, [&]<class T>() {
+    T value;
+    store(value, static_cast<Acc<T>>(args.value));
+    parallel_pieces(stream, args.y, args.y.contiguous(),
+                    [&](std::int64_t row, std::int64_t first, std::int64_t count) {
+                      std::fill_n(args.y.row<T>(row) + first, count, value);
+                    });
+  });
+}
+
 void weighted_sum(Stream& stream, const WeightedSum& args) {
   dispatch_compute(args.out.dtype, [&]<class T>() {
     parallel_rows(stream, args.out.rows, kRowGrain, [&](std::int64_t begin, std::int64_t end, int) {

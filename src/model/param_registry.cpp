@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "kernels/elementwise.hpp"
+#include "kernels/random.hpp"
 #include "src/base/rng.hpp"
 
 namespace arcus {
@@ -170,25 +171,18 @@ std::int64_t ParamStore::sum_bytes() const {
   return bytes;
 }
 
-void initial_values(const ParamRow& row, std::uint64_t seed, std::int64_t first_element,
-                    TensorView out) {
-  const Rng rng(seed, "init", row.name);
-  dispatch_accumulate(out.dtype, [&]<class T>() {
-    T* values = out.as<T>();
-    if (row.init != ParamInit::normal) {
-      std::fill_n(values, out.size(), row.init == ParamInit::ones ? T(1) : T(0));
-      return;
-    }
-    const auto std = static_cast<float>(row.init_std);
-    for (std::int64_t i = 0; i < out.size();) {
-      const std::int64_t element = first_element + i;
-      const auto normals = rng.normals(static_cast<std::uint64_t>(element / 4));
-      for (auto lane = static_cast<std::size_t>(element % 4); lane < 4 && i < out.size();
-           ++lane, ++i) {
-        values[i] = static_cast<T>(normals[lane] * std);
-      }
-    }
-  });
+void initial_values(Stream& stream, const ParamRow& row, std::uint64_t seed,
+                    const ParamBlock& block, TensorView out) {
+  if (row.init != ParamInit::normal) {
+    fill_value(stream, {.y = out, .value = row.init == ParamInit::ones ? 1.0 : 0.0});
+    return;
+  }
+  const TensorSpec spec = row.spec(out.dtype);
+  fill_normal(stream, {.out = out,
+                       .key = Rng(seed, "init", row.name).key(),
+                       .first_element = block.unit * row.unit_elements() +
+                                        block.block_in_unit * block_rows(spec) * spec.cols(),
+                       .std = static_cast<float>(row.init_std)});
 }
 
 }  // namespace arcus

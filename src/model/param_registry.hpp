@@ -149,9 +149,9 @@ class ParamStore {
   std::unique_ptr<BadLeafFlag> bad_leaf_;
 };
 
-/// Writes initial values of rows [begin, end) elements of one unit, by element index in the logical
-/// tensor; `out` is f32 or f64.
-void initial_values(const ParamRow& row, std::uint64_t seed, std::int64_t first_element,
-                    TensorView out);
+/// Writes the seed's initial values of one block of `row` to `out`, [1, block.count] of a compute
+/// type. They are addressed by name and element of the logical tensor, not by place or rank.
+void initial_values(Stream& stream, const ParamRow& row, std::uint64_t seed,
+                    const ParamBlock& block, TensorView out);
 
 }  // namespace arcus

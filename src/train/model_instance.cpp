@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <regex>
 
-#include "kernels/cpu/parallel.hpp"
 #include "kernels/elementwise.hpp"
 
 namespace arcus {
@@ -98,20 +97,10 @@ RoundMemory ModelInstance::round_memory(bool worst) const {
 void ModelInstance::initialize_parameters() {
   for (const FlatId flat : kFlatIds) {
     const TensorView values = params_->flat_values(flat);
-    const auto blocks = registry_.local_blocks(flat);
-    cpu::parallel_tasks(
-        *stream_, static_cast<std::int64_t>(blocks.size()), [&](std::int64_t task, int) {
-          const ParamBlock& block = blocks[static_cast<std::size_t>(task)];
-          const ParamRow& row = registry_.rows()[static_cast<std::size_t>(block.row_idx)];
-          const TensorSpec spec = row.spec(DType::f32);
-          const std::int64_t first = block.unit * row.unit_elements() +
-                                     block.block_in_unit * block_rows(spec) * spec.cols();
-          const TensorView out = values.col_range(block.begin, block.count);
-          if (values.dtype != DType::bf16) return initial_values(row, options_.seed, first, out);
-          std::vector<float> wide(static_cast<std::size_t>(block.count));
-          initial_values(row, options_.seed, first, {wide.data(), DType::f32, 1, block.count});
-          std::transform(wide.begin(), wide.end(), out.as<bf16>(), [](float x) { return bf16(x); });
-        });
+    for (const ParamBlock& block : registry_.local_blocks(flat)) {
+      initial_values(*stream_, registry_.rows()[static_cast<std::size_t>(block.row_idx)],
+                     options_.seed, block, values.col_range(block.begin, block.count));
+    }
   }
 }
 

@@ -161,12 +161,9 @@ void Optimizer::adopt_parameters() {
     if (instance_->params().dtype(flat.id) == flat.master.dtype) continue;
     const auto owned = instance_->shards(flat.id).owned(instance_->group(flat.id).rank());
     for (const ParamBlock& block : owned) {
-      const ParamRow& row = registry.rows()[static_cast<std::size_t>(block.row_idx)];
-      const TensorSpec spec = row.spec(DType::f32);
-      initial_values(
-          row, instance_->options().seed,
-          block.unit * row.unit_elements() + block.block_in_unit * block_rows(spec) * spec.cols(),
-          flat.master.col_range(block.begin - flat.begin, block.count));
+      initial_values(instance_->stream(), registry.rows()[static_cast<std::size_t>(block.row_idx)],
+                     instance_->options().seed, block,
+                     flat.master.col_range(block.begin - flat.begin, block.count));
     }
   }
 }

@@ -120,6 +120,29 @@ TEST(FillZero, LeavesPaddingAlone) {
   }
 }
 
+template <class T>
+void expect_filled_with_value() {
+  Stream stream(2);
+  for (const auto& [rows, cols] : kSizes) {
+    for (const std::int64_t padding : {0, 3}) {
+      for (const double value : {0.0, 1.0, -0.1}) {
+        Matrix<T> y(rows, cols, padding);
+        fill_value(stream, {.y = y, .value = value});
+        const double expected = to_double(from_double<T>(value));
+        for (std::int64_t t = 0; t < rows; ++t) {
+          for (std::int64_t i = 0; i < cols; ++i) ASSERT_EQ(to_double(y.at(t, i)), expected);
+        }
+        EXPECT_TRUE(y.padding_untouched());
+      }
+    }
+  }
+}
+TEST(FillValue, RoundsOnceAndLeavesPaddingAlone) {
+  expect_filled_with_value<float>();
+  expect_filled_with_value<double>();
+  expect_filled_with_value<bf16>();
+}
+
 // ---- weighted sum ----------------------------------------------------------------------------
 
 /// Rows of slots, a third of them dropped (null).
