@@ -1,9 +1,9 @@
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "comm/token_dispatcher.hpp"
-#include "kernels/cpu/parallel.hpp"
+#include "kernels/elementwise.hpp"
+#include "kernels/permute.hpp"
 
 namespace arcus {
 namespace {
@@ -17,9 +17,6 @@ std::int64_t scalar_bytes_of(const DispatcherOptions& options) {
 std::int64_t slots_of(const DispatcherOptions& options) {
   return options.max_tokens * options.slots_per_token;
 }
-
-/// Bytes of rows that one thread packs before it looks at the pending exchange again.
-constexpr std::int64_t kPackBytes = std::int64_t{1} << 16;
 
 class FlatDispatcher final : public TokenDispatcher {
  public:
@@ -55,8 +52,8 @@ class FlatDispatcher final : public TokenDispatcher {
     }
     pack(stream, plan, tokens, slot_scalars, rows, row_scalars);
     if (rows.data != nullptr) {
-      std::memset(static_cast<char*>(rows.data) + plan.num_recv_rows * row_bytes_, 0,
-                  static_cast<std::size_t>(kWgradRowPadding * row_bytes_));
+      fill_zero(stream, {.y = {static_cast<char*>(rows.data) + plan.num_recv_rows * row_bytes_,
+                               options().dtype, kWgradRowPadding, options().hidden_size}});
     }
     AllToAllV args = {send_rows_,   send_counts_,      plan.send_offsets, rows.data,
                       recv_counts_, plan.recv_offsets, row_bytes_};
@@ -159,25 +156,26 @@ class FlatDispatcher final : public TokenDispatcher {
   void pack(Stream& stream, const DispatchPlan& plan, ConstTensorView tokens,
             ConstTensorView slot_scalars, TensorView rows, TensorView row_scalars) {
     const OwnRows own = own_rows(plan);
-    const auto* source = static_cast<const char*>(tokens.data);
-    const std::int64_t stride = tokens.stride * static_cast<std::int64_t>(size_of(options().dtype));
-    const auto* scalars = static_cast<const char*>(slot_scalars.data);
-    cpu::parallel_rows(
-        stream, plan.num_send_rows, std::max<std::int64_t>(1, kPackBytes / row_bytes_),
-        [&](std::int64_t begin, std::int64_t end, int /*thread*/) {
-          for (std::int64_t row = begin; row < end; ++row) {
-            const bool stays = own.contain(row);
-            const std::int64_t place = stays ? row + own.shift : row;
-            char* to = stays ? static_cast<char*>(rows.data) : send_rows_;
-            const std::int64_t slot = plan.slot_of_row[static_cast<std::size_t>(row)];
-            std::memcpy(to + place * row_bytes_, source + slot / plan.slots_per_token * stride,
-                        static_cast<std::size_t>(row_bytes_));
-            if (scalars == nullptr) continue;
-            char* scalar_to = stays ? static_cast<char*>(row_scalars.data) : send_scalars_;
-            std::memcpy(scalar_to + place * scalar_bytes_, scalars + slot * scalar_bytes_,
-                        static_cast<std::size_t>(scalar_bytes_));
-          }
-        });
+    // Rows begin..end in send order, each `shift` rows further on in its target.
+    const auto gather = [&](std::int64_t begin, std::int64_t end, void* to, void* scalars_to,
+                            std::int64_t shift) {
+      const std::int64_t count = end - begin;
+      if (count == 0) return;
+      const ConstTensorView slots(plan.slot_of_row.data() + begin, DType::i32, 1, count);
+      gather_rows(stream, {.y = {static_cast<char*>(to) + (begin + shift) * row_bytes_,
+                                 options().dtype, count, options().hidden_size},
+                           .x = tokens,
+                           .index = slots,
+                           .indices_per_row = plan.slots_per_token});
+      if (slot_scalars.data == nullptr) return;
+      gather_rows(stream, {.y = {static_cast<char*>(scalars_to) + (begin + shift) * scalar_bytes_,
+                                 slot_scalars.dtype, count, 1},
+                           .x = {slot_scalars.data, slot_scalars.dtype, slot_scalars.size(), 1},
+                           .index = slots});
+    };
+    gather(0, own.begin, send_rows_, send_scalars_, 0);
+    gather(own.begin, own.end, rows.data, row_scalars.data, own.shift);
+    gather(own.end, plan.num_send_rows, send_rows_, send_scalars_, 0);
   }
 
   void point_at_rows(const DispatchPlan& plan, const char* rows) {
