@@ -1,6 +1,5 @@
 #include "launch/version.hpp"
 
-#include <dnnl.h>
 #include <fmt/format.h>
 #include <spdlog/version.h>
 
@@ -9,6 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include "comm/backends.hpp"
+#include "kernels/backend.hpp"
 #include "launch/git_commit.hpp"
 
 namespace arcus {
@@ -39,37 +39,6 @@ std::string compiled_vectors() {
 #endif
 }
 
-/// What oneDNN makes of this processor (ONEDNN_MAX_CPU_ISA may lower it).
-std::string effective_isa() {
-  switch (dnnl_get_effective_cpu_isa()) {
-    case dnnl_cpu_isa_sse41:
-      return "SSE4.1";
-    case dnnl_cpu_isa_avx:
-      return "AVX";
-    case dnnl_cpu_isa_avx2:
-      return "AVX2";
-    case dnnl_cpu_isa_avx2_vnni:
-      return "AVX2 with VNNI";
-    case dnnl_cpu_isa_avx512_mic:
-    case dnnl_cpu_isa_avx512_mic_4ops:
-    case dnnl_cpu_isa_avx512_core:
-      return "AVX-512";
-    case dnnl_cpu_isa_avx512_core_vnni:
-      return "AVX-512 with VNNI";
-    case dnnl_cpu_isa_avx512_core_bf16:
-      return "AVX-512 with BF16";
-    case dnnl_cpu_isa_avx512_core_amx:
-      return "AVX-512 with BF16 and AMX";
-    default:
-      return "unknown";
-  }
-}
-
-std::string onednn_version() {
-  const dnnl_version_t* version = dnnl_version();
-  return fmt::format("oneDNN {}.{}.{}", version->major, version->minor, version->patch);
-}
-
 std::string header_libraries() {
   return fmt::format(
       "fmt {}.{}.{}, spdlog {}.{}.{}, CLI11 {}, toml++ {}.{}.{}, nlohmann-json {}.{}.{}",
@@ -84,6 +53,7 @@ std::string header_libraries() {
 std::string version_line() { return fmt::format("{} ({})", ARCUS_VERSION, kGitCommit); }
 
 std::string version_text() {
+  const Backend products = backend();
   return fmt::format(
       "arcus {}\n"
       "commit      {}\n"
@@ -93,8 +63,9 @@ std::string version_text() {
       "libraries   {}; {}; HDF5 {}; hwloc {}; SentencePiece {}; xxHash {}\n"
       "            {}",
       ARCUS_VERSION, kGitCommit, ARCUS_BUILD_TYPE, compiler(), ARCUS_ARCH_NAME, compiled_vectors(),
-      effective_isa(), MpiSession::library_version(), onednn_version(), ARCUS_HDF5_VERSION,
-      ARCUS_HWLOC_VERSION, ARCUS_SENTENCEPIECE_VERSION, ARCUS_XXHASH_VERSION, header_libraries());
+      products.instruction_sets, MpiSession::library_version(), products.library,
+      ARCUS_HDF5_VERSION, ARCUS_HWLOC_VERSION, ARCUS_SENTENCEPIECE_VERSION, ARCUS_XXHASH_VERSION,
+      header_libraries());
 }
 
 }  // namespace arcus
