@@ -99,6 +99,12 @@ TEST_F(PlantedTree, WrappedLibrariesStayAtHome) {
   EXPECT_TRUE(planted("tests/support/planted.cpp", mpi).empty());
   EXPECT_EQ(planted("launch/planted.cpp", mpi).size(), 1U);
   EXPECT_EQ(planted("tests/comm/planted.cpp", mpi).size(), 1U);
+  for (const std::string header : {"dnnl.h", "oneapi/dnnl/dnnl.hpp"}) {
+    const std::string text = "#include <" + header + ">\n";
+    EXPECT_TRUE(planted("kernels/cpu/planted.cpp", text).empty()) << header;
+    EXPECT_EQ(planted("kernels/planted.cpp", text).size(), 1U) << header;
+    EXPECT_EQ(planted("launch/planted.cpp", text).size(), 1U) << header;
+  }
   const std::string hdf5 = "#include <hdf5.h>\n";
   EXPECT_TRUE(planted("src/base/hdf5.cpp", hdf5).empty());
   EXPECT_EQ(planted("checkpoints/planted.cpp", hdf5).size(), 1U);
@@ -109,6 +115,28 @@ TEST_F(PlantedTree, WrappedLibrariesStayAtHome) {
     EXPECT_EQ(planted("comm/planted.cpp", text).size(), 1U) << header;
     EXPECT_EQ(planted("src/train/planted.cpp", text).size(), 1U) << header;
   }
+}
+
+TEST_F(PlantedTree, BackendsAreReachedThroughOpsAlone) {
+  for (const std::string backend : {"cpu", "cuda"}) {
+    write("kernels/" + backend + "/here.hpp", "#pragma once\n");
+    const std::string include = "#include \"kernels/" + backend + "/here.hpp\"\n";
+    const std::string call = "  " + backend + "::add(stream, args);\n";
+    for (const std::string& text : {include, call}) {
+      for (const std::string home : {"kernels/cpu", "kernels", "tests/kernels", "tests/train"}) {
+        EXPECT_TRUE(planted(home + "/planted.cpp", text).empty()) << home << ": " << text;
+      }
+      for (const std::string folder :
+           {"src/base", "src/model", "src/train", "comm", "checkpoints", "launch"}) {
+        EXPECT_EQ(planted(folder + "/planted.cpp", text).size(), 1U) << folder << ": " << text;
+      }
+    }
+    EXPECT_TRUE(planted("comm/planted.cpp", "// " + backend + "::add in a comment\n").empty());
+    EXPECT_TRUE(planted("comm/planted.cpp", "other_" + backend + "::add();\n").empty());
+  }
+  EXPECT_EQ(planted("comm/planted.cpp", "#include \"kernels/cpu/here.hpp\"\n"),
+            (std::vector<std::string>{"comm/planted.cpp:1: \"kernels/cpu/here.hpp\" belongs to a "
+                                      "backend; call the ops of kernels/*.hpp"}));
 }
 
 TEST_F(PlantedTree, IncludesAreSpelledFromTheRoot) {

@@ -31,8 +31,14 @@ const std::vector<WrappedHeader>& wrapped_headers() {
       {std::regex(R"(mpi(_.*)?\.h)"), {"comm/", "tests/support/"}},
       {std::regex(R"(nccl.*)"), {"comm/nccl_", "kernels/cuda/", "tests/support/"}},
       {std::regex(R"((cuda|cublas).*)"), {"comm/nccl_", "kernels/cuda/", "tests/support/"}},
+      {std::regex(R"((oneapi/dnnl/)?dnnl.*)"), {"kernels/cpu/", "tests/"}},
       {std::regex(R"(hdf5.*|H5.*\.h)"), {"src/base/hdf5"}}};
   return headers;
+}
+
+/// Whether `file` is shared code, which reaches devices through the ops of kernels/*.hpp alone.
+bool is_shared_code(const std::string& file) {
+  return !file.starts_with("kernels/") && !file.starts_with("tests/");
 }
 
 /// The row of folders() that `file` (a path from the root) lies in, or null.
@@ -98,6 +104,9 @@ std::string check_project_include(const fs::path& root, const std::string& file,
   if (!fs::is_regular_file(root / header)) {
     return fmt::format("\"{}\" is no path from the root of the tree", header);
   }
+  if (is_shared_code(file) && std::regex_search(header, std::regex("^kernels/(cpu|cuda)/"))) {
+    return fmt::format("\"{}\" belongs to a backend; call the ops of kernels/*.hpp", header);
+  }
   const Folder* from = folder_of(file);
   const Folder* to = folder_of(header);
   if (to == nullptr) return fmt::format("\"{}\" lies outside the folders of sources", header);
@@ -105,14 +114,28 @@ std::string check_project_include(const fs::path& root, const std::string& file,
   return fmt::format("{} must not include {} (\"{}\")", from->path, to->path, header);
 }
 
-void check_includes(const fs::path& root, std::vector<std::string>& violations) {
+/// What is wrong with a line that includes nothing, or "". Headers of ops declare the instances of
+/// every backend, so that an include line alone does not show who calls one.
+std::string check_code(const std::string& file, const std::string& line) {
+  static const std::regex instance(R"(\b(cpu|cuda)::)");
+  if (!is_shared_code(file) || !std::regex_search(line.substr(0, line.find("//")), instance)) {
+    return "";
+  }
+  return "names a backend's instance; call the op, which chooses by the stream's device";
+}
+
+std::string check_line(const fs::path& root, const std::string& file, const std::string& line) {
   static const std::regex include(R"re(^\s*#\s*include\s*([<"])([^>"]+)[>"].*)re");
+  std::smatch match;
+  if (!std::regex_match(line, match, include)) return check_code(file, line);
+  return match[1] == "<" ? check_system_include(file, match[2])
+                         : check_project_include(root, file, match[2]);
+}
+
+void check_sources(const fs::path& root, std::vector<std::string>& violations) {
   for (const std::string& file : files_below(root, is_source)) {
     for_each_line(root / file, [&](int number, const std::string& line) {
-      std::smatch match;
-      if (!std::regex_match(line, match, include)) return;
-      const std::string problem = match[1] == "<" ? check_system_include(file, match[2])
-                                                  : check_project_include(root, file, match[2]);
+      const std::string problem = check_line(root, file, line);
       if (!problem.empty()) violations.push_back(fmt::format("{}:{}: {}", file, number, problem));
     });
   }
@@ -183,7 +206,7 @@ const std::vector<Folder>& folders() {
 
 std::vector<std::string> find_violations(const fs::path& root) {
   std::vector<std::string> violations;
-  check_includes(root, violations);
+  check_sources(root, violations);
   check_targets(root, violations);
   return violations;
 }
