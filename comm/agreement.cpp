@@ -1,26 +1,36 @@
 #include <exception>
 #include <numeric>
+#include <optional>
 
 #include "comm/communicator.hpp"
 
 namespace arcus {
 namespace {
 
-/// What went wrong on this rank; code 0 = nothing.
-struct LocalError {
-  std::int64_t code = 0;
-  std::string message;
-};
-
-LocalError run_and_catch(const std::function<void()>& fn) {
+/// What went wrong on this rank, if anything.
+std::optional<Error> run_and_catch(const std::function<void()>& fn) {
   try {
     fn();
-    return {};
-  } catch (const Error& error) {
-    return {static_cast<std::int64_t>(error.code()), error.what()};
-  } catch (const std::exception& error) {
-    return {static_cast<std::int64_t>(ExitCode::internal), error.what()};
+    return std::nullopt;
+  } catch (const std::exception& exception) {
+    return as_error(exception);
   }
+}
+
+/// Rank `failed`'s error on all ranks, its place in the source included.
+Error broadcast_error(Communicator& comm, Stream& stream, const std::optional<Error>& mine,
+                      ExitCode code, int failed) {
+  std::string line, file, message;
+  if (comm.rank() == failed) {
+    line = std::to_string(mine->line());
+    file = mine->file();
+    message = mine->what();
+  }
+  line = broadcast_text(comm, stream, line, failed);
+  file = broadcast_text(comm, stream, file, failed);
+  message = broadcast_text(comm, stream, message, failed);
+  if (comm.size() > 1) message = fmt::format("rank {}: {}", failed, message);
+  return {code, message, file, std::stoi(line)};
 }
 
 /// Exclusive prefix sum.
@@ -68,15 +78,14 @@ std::string broadcast_text(Communicator& comm, Stream& stream, std::string_view 
 }
 
 void agree_on_errors(Communicator& comm, Stream& stream, const std::function<void()>& fn) {
-  const LocalError mine = run_and_catch(fn);
-  const auto codes = gather_numbers(comm, stream, mine.code);
+  const std::optional<Error> mine = run_and_catch(fn);
+  const auto codes =
+      gather_numbers(comm, stream, mine ? static_cast<std::int64_t>(mine->code()) : 0);
   int failed = 0;
   while (failed < comm.size() && codes[static_cast<std::size_t>(failed)] == 0) ++failed;
   if (failed == comm.size()) return;
-  const std::string message = broadcast_text(comm, stream, mine.message, failed);
   const auto code = static_cast<ExitCode>(codes[static_cast<std::size_t>(failed)]);
-  if (comm.size() == 1) ARCUS_FAIL(code, "{}", message);
-  ARCUS_FAIL(code, "rank {}: {}", failed, message);
+  throw broadcast_error(comm, stream, mine, code, failed);
 }
 
 }  // namespace arcus

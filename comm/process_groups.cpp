@@ -14,13 +14,6 @@ std::int64_t ExpertPartition::begin(int rank) const {
   return rank * base + std::min<std::int64_t>(rank, extra);
 }
 
-int ExpertPartition::owner(std::int64_t expert) const {
-  const std::int64_t base = num_experts_ / num_ranks_, extra = num_experts_ % num_ranks_;
-  const std::int64_t in_larger_blocks = extra * (base + 1);
-  if (expert < in_larger_blocks) return static_cast<int>(expert / (base + 1));
-  return static_cast<int>(extra + (expert - in_larger_blocks) / base);
-}
-
 int resolve_ep_size(std::int64_t ep_size, int num_ranks, std::int64_t num_experts) {
   std::int64_t best = 1;
   for (std::int64_t d = 1; d <= std::min<std::int64_t>(num_ranks, num_experts); ++d) {

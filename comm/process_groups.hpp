@@ -21,7 +21,6 @@ class ExpertPartition {
   ExpertPartition(std::int64_t num_experts, int num_ranks);
   std::int64_t begin(int rank) const;
   std::int64_t count(int rank) const { return begin(rank + 1) - begin(rank); }
-  int owner(std::int64_t expert) const;
   std::int64_t num_experts() const { return num_experts_; }
   int num_ranks() const { return num_ranks_; }
 

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "launch/bench.hpp"
+#include "launch/checks.hpp"
 #include "launch/commands.hpp"
 #include "launch/run_setup.hpp"
 
@@ -65,7 +66,7 @@ void add_benchmark(CLI::App& bench, Action& action, const std::shared_ptr<Argume
       ->type_name("KEY=VALUE");
   command->add_option("--repeats", args->repeats, "samples of each figure; the median is printed")
       ->capture_default_str()
-      ->check(CLI::PositiveNumber)
+      ->check(whole_number(1, 1 << 20))
       ->type_name("N");
   command->footer(kFooter);
   command->callback([&action, args, benchmark] {

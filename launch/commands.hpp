@@ -11,6 +11,9 @@ namespace arcus {
 /// the whole line was understood.
 using Action = std::function<int()>;
 
+/// For commands that one process does: under a launcher rank 0 alone, the others are done at once.
+Action once(Action action);
+
 /// The subcommand of that name, or null.
 const CLI::App* find_command(const CLI::App& app, const std::string& name);
 

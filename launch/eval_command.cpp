@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "launch/checks.hpp"
 #include "launch/commands.hpp"
 #include "launch/run_setup.hpp"
 #include "launch/session.hpp"
@@ -100,7 +101,7 @@ void add_eval_command(CLI::App& app, Action& action) {
       ->type_name("NAME");
   command->add_option("--batches", args->batches, "micro-batches per domain; 0 = all text")
       ->capture_default_str()
-      ->check(CLI::NonNegativeNumber)
+      ->check(whole_number(0))
       ->type_name("N");
   command->add_option("--set", args->sets, "override a key of the run's configuration")
       ->expected(1)

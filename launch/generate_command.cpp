@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "launch/checks.hpp"
 #include "launch/commands.hpp"
 #include "launch/run_setup.hpp"
 #include "launch/session.hpp"
@@ -16,6 +17,9 @@
 
 namespace arcus {
 namespace {
+
+/// More than any model's context; positions are 32-bit.
+constexpr std::int64_t kMostTokens = 1 << 24;
 
 struct Arguments {
   std::string path;
@@ -155,20 +159,22 @@ void add_generate_command(CLI::App& app, Action& action) {
       ->take_all();
   command->add_option("--max-tokens", s.max_new_tokens, "most tokens to add")
       ->capture_default_str()
-      ->check(CLI::PositiveNumber);
+      ->check(whole_number(1, kMostTokens));
   command->add_option("--temperature", s.temperature, "0 = always the most likely token")
       ->capture_default_str()
-      ->check(CLI::NonNegativeNumber);
+      ->check(number_of_at_least(0));
   command->add_option("--top-k", s.top_k, "choose among the k most likely; 0 = all")
       ->capture_default_str()
-      ->check(CLI::NonNegativeNumber);
+      ->check(whole_number(0));
   command->add_option("--top-p", s.top_p, "choose among the likeliest that add up to this")
       ->capture_default_str()
-      ->check(CLI::Range(1e-9, 1.0));
-  command->add_option("--seed", s.seed, "of the draws")->capture_default_str();
+      ->check(share_up_to(1));
+  command->add_option("--seed", s.seed, "of the draws")
+      ->capture_default_str()
+      ->check(whole_number(0));
   command->add_option("--samples", args->samples, "continuations of each prompt")
       ->capture_default_str()
-      ->check(CLI::PositiveNumber);
+      ->check(whole_number(1, 1 << 20));
   command->add_flag("--ignore-eos", args->ignore_eos, "go on after the end of a document");
   command->add_flag("--raw", args->raw, "print bytes as they are, valid UTF-8 or not");
   command->add_option("--set", args->sets, "override a key of the run's configuration")

@@ -14,7 +14,8 @@ namespace {
 constexpr const char* kExitCodes =
     "Exit codes of arcus:\n"
     "   0  done\n"
-    "  64  command line or configuration\n"
+    "  64  command line or configuration; also a run that was given up because its loss is no\n"
+    "      longer finite (run.max_bad_steps)\n"
     "  65  training text, token files, tokenizers\n"
     "  66  a checkpoint is missing, damaged or does not fit\n"
     "  69  communication failed or a rank is lost\n"
@@ -53,7 +54,7 @@ void add_help_command(CLI::App& app, Action& action) {
       "  arcus help train\n"
       "  arcus help config > my.toml      # every key with its default");
   command->callback(
-      [&app, &action, topic] { action = [&app, topic] { return print_help(app, *topic); }; });
+      [&app, &action, topic] { action = once([&app, topic] { return print_help(app, *topic); }); });
 }
 
 }  // namespace arcus

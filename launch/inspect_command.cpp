@@ -50,8 +50,10 @@ fs::path folder_of(const std::string& path) {
   ARCUS_REQUIRE(fs::exists(given), ExitCode::usage,
                 "{} does not exist; give a checkpoint, a run folder or a data set", path);
   if (fs::is_directory(given)) return given;
-  const fs::path parent = given.parent_path();
-  return parent.empty() ? fs::path(".") : parent;
+  const fs::path parent = given.has_parent_path() ? given.parent_path() : fs::path(".");
+  ARCUS_REQUIRE(is_dataset(parent) || fs::exists(parent / "index.h5"), ExitCode::usage,
+                "{} is no part of a checkpoint or a data set; give one of their folders", path);
+  return parent;
 }
 
 Json domain_json(const DomainRecord& domain) {
@@ -159,14 +161,18 @@ void add_inspect_command(CLI::App& app, Action& action) {
   auto args = std::make_shared<Arguments>();
   command->add_option("path", args->path, "checkpoint, run folder or data set")->required();
   CLI::Option* json = command->add_flag("--json", args->json, "everything, as JSON");
-  command->add_flag("--digest", args->digest, "one hash over the content")->excludes(json);
+  command
+      ->add_flag("--digest", args->digest,
+                 "one hash over the content, from the stored hashes; with --verify they are "
+                 "compared with the data first")
+      ->excludes(json);
   command->add_flag("--config", args->config, "the run's configuration")->excludes(json);
   command->add_option("--held-out", args->text, "print the held-out text of this domain")
       ->excludes(json)
       ->type_name("DOMAIN");
   command->add_flag("--verify", args->verify, "read all of it and compare every checksum");
   command->footer(kFooter);
-  command->callback([&action, args] { action = [args] { return run_inspect(*args); }; });
+  command->callback([&action, args] { action = once([args] { return run_inspect(*args); }); });
 }
 
 }  // namespace arcus

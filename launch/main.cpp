@@ -38,7 +38,9 @@ std::string suggestion(const CLI::App& app, const std::string& word) {
 /// Prints what is wrong with the command line. Under a launcher one rank speaks for all; the others
 /// leave a little later, since a launcher ends everybody once the first rank is gone.
 int report_usage(const CLI::App& app, const CLI::ParseError& error, int argc, char** argv) {
-  if (error.get_exit_code() == 0) return app.exit(error);  // --help, --version
+  if (error.get_exit_code() == 0) {  // --help, --version
+    return once([&] { return app.exit(error); })();
+  }
   if (launcher_rank() == 0) {
     const bool command_unknown =
         argc > 1 && argv[1][0] != '-' && find_command(app, argv[1]) == nullptr;
@@ -76,8 +78,10 @@ int run(int argc, char** argv) {
     return report_usage(app, error, argc, argv);
   }
   if (!action) {
-    fmt::print("{}", app.help());
-    return static_cast<int>(ExitCode::ok);
+    action = once([&] {
+      fmt::print("{}", app.help());
+      return static_cast<int>(ExitCode::ok);
+    });
   }
   return action();
 }

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "launch/checks.hpp"
 #include "launch/commands.hpp"
 #include "launch/progress.hpp"
 #include "src/base/error.hpp"
@@ -139,6 +140,10 @@ void print_report(const PrepareReport& report, const PrepareOptions& options) {
                format_count(static_cast<double>(d.valid.tokens)));
   }
   for (const DomainReport& d : report.domains) {
+    if (d.duplicates > 0) {
+      fmt::print("{}: {} documents ({}) occurred before and were left out\n", d.name, d.duplicates,
+                 format_bytes(d.duplicate_bytes));
+    }
     for (const std::string& note : d.notes) fmt::print("{}: {}\n", d.name, note);
   }
   fmt::print("vocabulary {}, written to {}\n", report.vocab_size, options.out.string());
@@ -188,7 +193,8 @@ void add_prepare_command(CLI::App& app, Action& action) {
       ->take_all()
       ->type_name("[NAME=]BYTES");
   command->add_option("--seed", o.seed, "of the choice of held-out documents")
-      ->capture_default_str();
+      ->capture_default_str()
+      ->check(whole_number(0));
   command->add_flag("--force", o.force, "replace an existing data set");
   command->add_flag("--skip-bad", o.skip_bad,
                     "leave out empty, binary and non-UTF-8 files instead of stopping");
@@ -200,9 +206,10 @@ void add_prepare_command(CLI::App& app, Action& action) {
       ->add_option("--spm-sample-mib", args->spm_sample_mib,
                    "spm: text that the vocabulary is trained on")
       ->capture_default_str()
+      ->check(whole_number(1, 1 << 20))
       ->type_name("MIB");
   command->footer(kFooter);
-  command->callback([&action, args] { action = [args] { return run_prepare(*args); }; });
+  command->callback([&action, args] { action = once([args] { return run_prepare(*args); }); });
 }
 
 }  // namespace arcus

@@ -59,7 +59,11 @@ std::optional<Value> to_value(const Option& option, const toml::node& node) {
       if (const auto* flag = node.as_boolean()) return Value(flag->get());
       return std::nullopt;
     case ValueType::integer:
-      if (const auto* integer = node.as_integer()) return Value(integer->get());
+      if (const auto* integer = node.as_integer()) {
+        // 0 stands for "auto" inside; written out it is a mistake.
+        if (option.limits.auto_is_zero && integer->get() == 0) return std::nullopt;
+        return Value(integer->get());
+      }
       if (option.limits.auto_is_zero && text != nullptr && text->get() == "auto") {
         return Value(std::int64_t{0});
       }

@@ -4,11 +4,10 @@
 
 #include <cstdio>
 #include <cstdlib>
-#include <filesystem>
-#include <new>
 #include <string>
 
 #include "launch/signals.hpp"
+#include "src/base/error.hpp"
 #include "src/base/log.hpp"
 
 namespace arcus {
@@ -49,39 +48,23 @@ int run_session(CommunicatorOptions options, const std::function<ExitCode(Sessio
   Session session(options);
   try {
     return static_cast<int>(body(session));
-  } catch (const std::exception& error) {
-    const Failure failure = describe_failure(error);
-    if (failure.code == ExitCode::comm) ignore_stop_requests();
+  } catch (const std::exception& exception) {
+    const Error error = as_error(exception);
+    if (error.code() == ExitCode::comm) ignore_stop_requests();
     if (session.comm().size() > 1 && !session.agreed_) {
-      session.comm().abort(failure.code, failure.message);
+      session.comm().abort(error.code(), error.report());
     }
-    if (session.is_root()) print_error(failure.message);
+    if (session.is_root()) print_error(error.report());
     // The launcher ends everybody once a rank is gone with an error: print first, then leave.
     session.comm().barrier(session.stream());
-    return static_cast<int>(failure.code);
+    return static_cast<int>(error.code());
   }
 }
 
-Failure describe_failure(const std::exception& error) {
-  if (const auto* known = dynamic_cast<const Error*>(&error)) {
-    if (known->code() != ExitCode::internal) return {known->code(), known->what()};
-    return {known->code(), fmt::format("{} (a defect of Arcus, {}:{})", known->what(),
-                                       known->file(), known->line())};
-  }
-  if (dynamic_cast<const std::bad_alloc*>(&error) != nullptr) {
-    return {ExitCode::internal,
-            "out of memory; `arcus train --plan` shows what a run needs per rank"};
-  }
-  if (dynamic_cast<const std::filesystem::filesystem_error*>(&error) != nullptr) {
-    return {ExitCode::usage, error.what()};
-  }
-  return {ExitCode::internal, fmt::format("unexpected exception: {}", error.what())};
-}
-
-int report_failure(const std::exception& error) {
-  const Failure failure = describe_failure(error);
-  print_error(failure.message);
-  return static_cast<int>(failure.code);
+int report_failure(const std::exception& exception) {
+  const Error error = as_error(exception);
+  print_error(error.report());
+  return static_cast<int>(error.code());
 }
 
 int launcher_rank() {

@@ -39,14 +39,8 @@ class Session {
 /// being the last line printed.
 int run_session(CommunicatorOptions options, const std::function<ExitCode(Session&)>& body);
 
-/// What to print for an exception and the exit code it means.
-struct Failure {
-  ExitCode code;
-  std::string message;
-};
-Failure describe_failure(const std::exception& error);
 /// Prints "arcus: error: ..." and returns the exit code.
-int report_failure(const std::exception& error);
+int report_failure(const std::exception& exception);
 
 /// This process's rank as the launcher's environment tells it; 0 without a launcher. For messages
 /// before (or without) MPI.

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "launch/checks.hpp"
 #include "launch/commands.hpp"
 #include "launch/run_setup.hpp"
 #include "launch/session.hpp"
@@ -71,13 +72,14 @@ ExitCode train(Session& session, const LoadedConfig& loaded, const Arguments& ar
     }
   });
   check_same_config(session, loaded.config);
-  install_signal_handlers();
   TrainRun run(session, loaded.config, arguments.resume);
   return run.run();
 }
 
 int run_train(const Arguments& arguments) {
   if (arguments.plan) return print_plan(arguments);
+  // Before the ranks meet: a launcher that is told to stop tells ranks that are still starting.
+  install_signal_handlers();
   const LoadedConfig loaded = try_load_config(arguments.config, arguments.sets);
   return run_session({.reproducible = loaded.config.run.reproducible},
                      [&](Session& session) { return train(session, loaded, arguments); });
@@ -105,10 +107,13 @@ void add_train_command(CLI::App& app, Action& action) {
   command->add_option("--ranks", args->ranks, "ranks to plan for")
       ->needs(plan)
       ->capture_default_str()
-      ->check(CLI::PositiveNumber)
+      ->check(whole_number(1, 1 << 24))
       ->type_name("N");
   command->footer(kFooter);
-  command->callback([&action, args] { action = [args] { return run_train(*args); }; });
+  command->callback([&action, args] {
+    const Action train = [args] { return run_train(*args); };
+    action = args->plan ? once(train) : train;
+  });
 }
 
 }  // namespace arcus

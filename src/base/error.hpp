@@ -4,6 +4,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace arcus {
 
@@ -19,21 +20,27 @@ enum class ExitCode : int {
 };
 
 /// The one exception of Arcus. `what()` is the message for the user; the source location is kept
-/// apart because only internal errors profit from showing it.
+/// apart because only defects of Arcus profit from showing it. Line 0: there is none to show.
 class Error : public std::runtime_error {
  public:
-  Error(ExitCode code, const std::string& message, const char* file, int line)
-      : std::runtime_error(message), code_(code), file_(file), line_(line) {}
+  Error(ExitCode code, const std::string& message, std::string file, int line)
+      : std::runtime_error(message), code_(code), file_(std::move(file)), line_(line) {}
 
   ExitCode code() const { return code_; }
-  const char* file() const { return file_; }
+  const std::string& file() const { return file_; }
   int line() const { return line_; }
+  /// The message, and for a defect of Arcus where it was found.
+  std::string report() const;
 
  private:
   ExitCode code_;
-  const char* file_;
+  std::string file_;
   int line_;
 };
+
+/// Any exception as an Error: out of memory, file system errors and unexpected ones get a message
+/// and a code of their own.
+Error as_error(const std::exception& exception);
 
 }  // namespace arcus
 

@@ -128,5 +128,15 @@ TEST(ErrorMacros, CarryCodeMessageAndPlace) {
   EXPECT_NO_THROW(ARCUS_CHECK(true, "unused"));
 }
 
+TEST(Errors, OnlyDefectsShowWhereTheyCameFrom) {
+  const Error usage(ExitCode::usage, "wrong", "file.cpp", 12);
+  EXPECT_EQ(usage.report(), "wrong");
+  const Error internal(ExitCode::internal, "broken", "file.cpp", 12);
+  EXPECT_EQ(internal.report(), "broken (a defect of Arcus, file.cpp:12)");
+  EXPECT_EQ(as_error(internal).report(), internal.report());
+  EXPECT_EQ(as_error(std::runtime_error("odd")).code(), ExitCode::internal);
+  EXPECT_EQ(as_error(std::bad_alloc()).report().find("out of memory"), 0U);
+}
+
 }  // namespace
 }  // namespace arcus

@@ -217,6 +217,9 @@ inline void errors_agreed(Communicator& comm) {
     EXPECT_EQ(error.code(), ExitCode::data);
     EXPECT_EQ(std::string(error.what()),
               comm.size() == 1 ? "bad file 0" : fmt::format("rank {0}: bad file {0}", failing));
+    // A defect is to be looked for where it was found, not where the ranks agreed on it.
+    EXPECT_NE(error.file().find("collective_laws.hpp"), std::string::npos) << error.file();
+    EXPECT_GT(error.line(), 0);
   }
 }
 

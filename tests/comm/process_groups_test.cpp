@@ -16,9 +16,6 @@ TEST(ExpertPartition, CoversEveryExpertOnceInEvenBlocks) {
       for (int r = 0; r < ranks; ++r) {
         EXPECT_GE(partition.count(r), experts / ranks);
         EXPECT_LE(partition.count(r), (experts + ranks - 1) / ranks);
-        for (auto e = partition.begin(r); e < partition.begin(r + 1); ++e) {
-          EXPECT_EQ(partition.owner(e), r);
-        }
       }
     }
   }

@@ -80,6 +80,12 @@ TEST(CommandLine, MistakesAreUsageErrorsThatNameTheRemedy) {
             "--split-bytes few: give a number of bytes"},
       Usage{"prepare --out /tmp/arcus-never --domain c=/etc/passwd --separator zh=%",
             "there is no --domain zh="},
+      Usage{"generate x --temperature nan", "nan must be a number of at least 0"},
+      Usage{"generate x --top-p 1.5", "1.5 must be a number above 0, at most 1"},
+      Usage{"generate x --max-tokens 99999999999999999999", "must be a whole number from 1 to"},
+      Usage{"generate x --seed -3", "-3 must be a whole number of at least 0"},
+      Usage{"train x --plan --ranks 2.5", "2.5 must be a whole number from 1 to"},
+      Usage{"inspect /etc/passwd", "/etc/passwd is no part of a checkpoint or a data set"},
       Usage{"inspect /no/such/folder", "/no/such/folder does not exist"},
       Usage{"--no-such-flag", "arcus: error: "},
   };

@@ -86,6 +86,7 @@ TEST(RunConfig, BadSetsAreRefused) {
       BadText{"trian.lr=1", "unknown key trian.lr; did you mean train.lr?"},
       BadText{"train.steps=many", "train.steps must be a whole number of at least 1, not text"},
       BadText{"train.steps=-3", "train.steps = -3"},
+      BadText{"parallel.ep_size=0", "must be \"auto\" or a whole number of at least 1"},
       BadText{"train.lr=", "train.lr must be a number above 0"},
       BadText{"train.group.1.match=a", "train.group has 0 rows; the next one is train.group.0"},
       BadText{"train.group.match=a", "did you mean train.group.0.match?"},

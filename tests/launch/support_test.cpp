@@ -126,15 +126,6 @@ TEST(Session, RunsAloneWithoutALauncherAndReportsErrors) {
   EXPECT_NE(text.find("no such text\n"), std::string::npos) << text;
 }
 
-TEST(Session, OnlyInternalErrorsShowWhereTheyCameFrom) {
-  const Error usage(ExitCode::usage, "wrong", "file.cpp", 12);
-  EXPECT_EQ(describe_failure(usage).message, "wrong");
-  const Error internal(ExitCode::internal, "broken", "file.cpp", 12);
-  EXPECT_EQ(describe_failure(internal).message, "broken (a defect of Arcus, file.cpp:12)");
-  EXPECT_EQ(describe_failure(std::runtime_error("odd")).code, ExitCode::internal);
-  EXPECT_NE(describe_failure(std::bad_alloc()).message.find("out of memory"), std::string::npos);
-}
-
 TEST(Utf8Stream, WholeCharactersPassWhereverTheBytesAreCut) {
   const std::string text =
       "a\u00e9\u4e2d\U0001f600\xff"
