@@ -24,6 +24,7 @@ inline constexpr const char* kTokenizerKind = "tokenizer_kind";
 inline constexpr const char* kTokenizer = "tokenizer";  ///< Tokenizer::serialized()
 inline constexpr const char* kDataFingerprint = "data_fingerprint";
 inline constexpr const char* kEpSize = "ep_size";
+inline constexpr const char* kGradientScaleBits = "gradient_scale_bits";  ///< S: sums hold g * 2^S
 }  // namespace extra_key
 
 /// What a checkpoint says about its run.
@@ -140,19 +141,14 @@ std::optional<std::filesystem::path> find_latest(const std::filesystem::path& ru
 /// The checkpoint that `path` means: a checkpoint's folder, or a run's (its latest).
 std::filesystem::path locate_checkpoint(const std::filesystem::path& path);
 
-/// The checkpoint to go on from, all of its data verified, or none. `spec`: "none"; "auto": the
-/// run's latest, with a warning the one before where it is damaged, none where there are none; else
-/// a path for locate_checkpoint, damage to which is an error.
-std::optional<std::filesystem::path> resolve_resume(Communicator& world, Stream& stream,
-                                                    const std::filesystem::path& run_dir,
-                                                    std::string_view spec);
-
 struct Resumed {
   std::filesystem::path path;
   CheckpointInfo info;
 };
-/// resolve_resume and load_checkpoint in one, reading the data once. A checkpoint that does not fit
-/// the views is an error under "auto" too.
+/// Finds the checkpoint to go on from and fills the views from it, all of its data verified.
+/// `spec`: "none"; "auto": the run's latest, with a warning the one before where it is damaged,
+/// none where there are none; else a path for locate_checkpoint, damage to which is an error. One
+/// that does not fit the views is an error under "auto" too.
 std::optional<Resumed> resume_checkpoint(Communicator& world, Stream& stream,
                                          const std::filesystem::path& run_dir,
                                          std::string_view spec, std::span<const StateView> views);

@@ -50,9 +50,6 @@ void read_index(Checkpoint& checkpoint);
 /// (where many ranks open one checkpoint, one of them is enough).
 Checkpoint open(const std::filesystem::path& path, bool check_shards);
 
-/// Verifies the blocks in shards part, part + parts, ... of `checkpoint`.
-void verify_blocks(const Checkpoint& checkpoint, std::int64_t part, std::int64_t parts);
-
 /// Throws (checkpoint) where views and checkpoint name other tensors, types or shapes.
 void require_match(const Checkpoint& checkpoint, std::span<const StateView> views, Match match);
 /// Fills this rank's views.

@@ -124,22 +124,6 @@ Checkpoint open(const fs::path& path, bool check_shards) {
   return checkpoint;
 }
 
-void verify_blocks(const Checkpoint& checkpoint, std::int64_t part, std::int64_t parts) {
-  TensorReader reader(checkpoint);
-  std::vector<char> buffer;
-  for (const StoredTensor& tensor : checkpoint.tensors) {
-    for (const StoredRange& range : tensor.ranges) {
-      if (range.shard % parts != part) continue;
-      const BlockRange blocks = blocks_of(tensor.spec, range.rows);
-      for (std::int64_t block = blocks.first; block < blocks.last; ++block) {
-        const RowRange rows = block_range(tensor.spec, block);
-        buffer.resize(static_cast<std::size_t>((rows.end - rows.begin) * row_bytes(tensor.spec)));
-        reader.read(tensor, rows, buffer.data());
-      }
-    }
-  }
-}
-
 void require_match(const Checkpoint& checkpoint, std::span<const StateView> views, Match match) {
   std::map<std::string_view, const StoredTensor*> stored;
   for (const StoredTensor& tensor : checkpoint.tensors) stored[tensor.spec.name] = &tensor;
@@ -187,8 +171,28 @@ void read_views(const Checkpoint& checkpoint, std::span<const StateView> views) 
 
 Checkpoint open_checkpoint(const fs::path& path) { return layout::open(path, true); }
 
+namespace {
+
+void verify_blocks(const Checkpoint& checkpoint) {
+  TensorReader reader(checkpoint);
+  std::vector<char> buffer;
+  for (const StoredTensor& tensor : checkpoint.tensors) {
+    for (const StoredRange& range : tensor.ranges) {
+      const auto blocks = layout::blocks_of(tensor.spec, range.rows);
+      for (std::int64_t block = blocks.first; block < blocks.last; ++block) {
+        const RowRange rows = block_range(tensor.spec, block);
+        buffer.resize(
+            static_cast<std::size_t>((rows.end - rows.begin) * layout::row_bytes(tensor.spec)));
+        reader.read(tensor, rows, buffer.data());
+      }
+    }
+  }
+}
+
+}  // namespace
+
 void verify_checkpoint(const Checkpoint& checkpoint) {
-  layout::verify_blocks(checkpoint, 0, 1);
+  verify_blocks(checkpoint);
   for (const StoredFile& file : checkpoint.files) {
     const fs::path path = checkpoint.path / file.name;
     const std::uint64_t hash = files::hash(path);

@@ -141,18 +141,6 @@ CheckpointInfo load_checkpoint(Communicator& world, Stream& stream, const fs::pa
   return checkpoint.info;
 }
 
-std::optional<fs::path> resolve_resume(Communicator& world, Stream& stream, const fs::path& run_dir,
-                                       std::string_view spec) {
-  const auto found = search(
-      world, stream, run_dir, spec, [](const Checkpoint&) {},
-      [&](const Checkpoint& checkpoint) {
-        agree_on_errors(world, stream,
-                        [&] { layout::verify_blocks(checkpoint, world.rank(), world.size()); });
-      });
-  if (!found) return std::nullopt;
-  return found->path;
-}
-
 std::optional<Resumed> resume_checkpoint(Communicator& world, Stream& stream,
                                          const fs::path& run_dir, std::string_view spec,
                                          std::span<const StateView> views) {

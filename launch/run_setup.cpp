@@ -102,18 +102,55 @@ LoadedConfig try_load_config(const std::filesystem::path& file,
   return loaded;
 }
 
+namespace {
+
+/// fn(), whose complaints about the checkpoint at `path` name another one of the run to try.
+template <class Fn>
+auto naming_others(const std::filesystem::path& path, Fn&& fn) {
+  try {
+    return fn();
+  } catch (const Error& error) {
+    if (error.code() != ExitCode::checkpoint) throw;
+    std::error_code ignored;
+    for (const auto& other : list_checkpoints(path.parent_path().parent_path())) {
+      if (std::filesystem::equivalent(other, path, ignored)) continue;
+      throw Error(
+          error.code(),
+          fmt::format("{}; another checkpoint of the run is {}", error.what(), other.string()),
+          error.file(), error.line());
+    }
+    throw;
+  }
+}
+
+void load_weights(Session& session, LoadedModel& loaded) {
+  const auto views = loaded.instance->parameter_views();
+  load_checkpoint(session.comm(), *loaded.stream, loaded.path, views, Match::subset);
+  loaded.instance->finish_reading();
+}
+
+}  // namespace
+
 LoadedModel load_model(Session& session, const std::filesystem::path& path,
                        const std::vector<std::string>& sets, std::int64_t micro_batch_seqs,
                        std::int64_t seq_len) {
   LoadedModel loaded;
   int ep_size = 1;
   session.together([&] {
-    const Checkpoint checkpoint = open_checkpoint(locate_checkpoint(path));
-    loaded.path = checkpoint.path;
+    loaded.path = locate_checkpoint(path);
+    const Checkpoint checkpoint =
+        naming_others(loaded.path, [&] { return open_checkpoint(loaded.path); });
     loaded.info = checkpoint.info;
     loaded.config = from_toml(loaded.info.config_text, loaded.path.string() + " (configuration)");
     forget_layout(loaded.config);
-    for (const std::string& assignment : sets) apply_set(loaded.config, assignment);
+    for (const std::string& assignment : sets) {
+      ARCUS_REQUIRE(
+          !assignment.starts_with("model."), ExitCode::usage,
+          "--set {}: {} holds the model as it was trained, which no option changes; leave "
+          "it out",
+          assignment, loaded.path.string());
+      apply_set(loaded.config, assignment);
+    }
     validate(loaded.config);
     check_device(loaded.config);
     ep_size = resolve_ep_size(loaded.config.parallel.ep_size, session.comm().size(),
@@ -129,9 +166,7 @@ LoadedModel load_model(Session& session, const std::filesystem::path& path,
   if (seq_len > 0) options.seq_len = seq_len;
   loaded.instance = std::make_unique<ModelInstance>(make_process_groups(session.comm(), ep_size),
                                                     *loaded.stream, options);
-  const auto views = loaded.instance->parameter_views();
-  load_checkpoint(session.comm(), *loaded.stream, loaded.path, views, Match::subset);
-  loaded.instance->finish_reading();
+  naming_others(loaded.path, [&] { load_weights(session, loaded); });
   loaded.instance->build_primitives();
   return loaded;
 }

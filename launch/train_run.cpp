@@ -8,6 +8,7 @@
 #include <fstream>
 #include <random>
 
+#include "kernels/gradient.hpp"
 #include "launch/run_setup.hpp"
 #include "launch/signals.hpp"
 #include "launch/threads.hpp"
@@ -44,6 +45,12 @@ fs::path free_name(const fs::path& path) {
     candidate += fmt::format("-{}", i);
     if (!fs::exists(candidate)) return candidate;
   }
+}
+
+/// The signal may have reached another rank.
+std::string stop_reason() {
+  const std::string name = stop_signal_name();
+  return name.empty() ? "stopped by a signal" : "stopped by " + name;
 }
 
 double largest_load(const StepMetrics& metrics) {
@@ -214,6 +221,13 @@ void TrainRun::check_resumed(const CheckpointInfo& info) {
         "bits will differ",
         info.fingerprint, fingerprint_);
   }
+  if (const std::string bits = extra_of(info, extra_key::kGradientScaleBits);
+      bits != fmt::format("{}", kLeafScaleBits)) {
+    spdlog::warn(
+        "the checkpoint's run added gradients in units of 2^-{}, this one of 2^-{}: from now on "
+        "bits will differ",
+        bits, kLeafScaleBits);
+  }
   const std::string changes =
       differences(from_toml(info.config_text, "the checkpoint's configuration"), config_);
   if (!changes.empty()) log_lines("changed since the checkpoint:\n" + changes);
@@ -262,6 +276,7 @@ void TrainRun::save() {
   info.extra = {{extra_key::kTokenizerKind, tokenizer.kind()},
                 {extra_key::kTokenizer, tokenizer.serialized()},
                 {extra_key::kDataFingerprint, hex(dataset_.fingerprint())},
+                {extra_key::kGradientScaleBits, fmt::format("{}", kLeafScaleBits)},
                 {extra_key::kEpSize, fmt::format("{}", instance_->groups().ep->size())}};
   const SaveOptions options{.keep = config_.checkpoint.keep,
                             .keep_every = config_.checkpoint.keep_every,
@@ -290,9 +305,9 @@ ExitCode TrainRun::finish(RunEnd end) {
     });
   }
   if (session_.is_root()) {
-    const char* const what = end == RunEnd::finished  ? "done"
+    const std::string what = end == RunEnd::finished  ? "done"
                              : end == RunEnd::time_up ? "time is up, saved"
-                                                      : "stopped by a signal, saved";
+                                                      : stop_reason() + ", saved";
     spdlog::info("{} at step {} of {}{}", what, done, config_.train.steps,
                  end == RunEnd::finished ? "" : "; the same command goes on from there");
   }

@@ -14,11 +14,20 @@ std::filesystem::path trace_file(const std::filesystem::path& run_dir, std::int6
   return folder / fmt::format("rank-{:05}.h5", rank);
 }
 
+/// An earlier run of this step may have had more ranks.
+void remove_files_beyond(const std::filesystem::path& run_dir, std::int64_t step, int num_ranks) {
+  std::error_code error;
+  for (int rank = num_ranks; std::filesystem::remove(trace_file(run_dir, step, rank), error);) {
+    ++rank;
+  }
+}
+
 }  // namespace
 
 RoutingTrace::RoutingTrace(const std::filesystem::path& run_dir, std::int64_t step, int rank,
                            int num_ranks)
     : file_(h5::File::create(trace_file(run_dir, step, rank), ExitCode::usage)) {
+  if (rank == 0) remove_files_beyond(run_dir, step, num_ranks);
   file_.write_attribute("format", "arcus-routing-trace-1");
   file_.write_attribute("step", step);
   file_.write_attribute("num_ranks", std::int64_t{num_ranks});

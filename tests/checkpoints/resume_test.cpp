@@ -33,11 +33,8 @@ std::int64_t resumed_step(const fs::path& run_dir, const std::string& spec) {
     RankState state(tensor_cases(), world.rank(), world.size(), 9);
     state.clear();
     const auto resumed = resume_checkpoint(world, stream, run_dir, spec, state.views());
-    const auto resolved = resolve_resume(world, stream, run_dir, spec);
-    EXPECT_EQ(resumed.has_value(), resolved.has_value());
     if (!resumed) return;
     EXPECT_EQ(state.differences(resumed->info.step), std::vector<std::string>{});
-    EXPECT_EQ(fs::weakly_canonical(resumed->path), fs::weakly_canonical(*resolved));
     if (world.rank() == 0) step = resumed->info.step;
   });
   return step;

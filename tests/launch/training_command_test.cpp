@@ -118,7 +118,7 @@ TEST_F(TrainingCommand, ASignalSavesAndExitsWith75) {
       "; do kill -0 $job || break; sleep 0.05; done; kill -USR1 $job; wait $job";
   const ShellResult stopped = shell(command);
   EXPECT_EQ(stopped.code, 75) << stopped.out;
-  EXPECT_TRUE(contains(stopped.out, "stopped by a signal, saved at step")) << stopped.out;
+  EXPECT_TRUE(contains(stopped.out, "stopped by USR1, saved at step")) << stopped.out;
   EXPECT_TRUE(fs::exists(run_dir("stopped") / "checkpoints" / "latest"));
 }
 
@@ -130,6 +130,64 @@ TEST_F(TrainingCommand, StartingAnewMovesTheOldRunAside) {
   EXPECT_NE(digest("anew"), before);
   EXPECT_TRUE(fs::exists(run_dir("anew") / "checkpoints-1"));
   EXPECT_TRUE(fs::exists(run_dir("anew") / "metrics.jsonl-1"));
+}
+
+TEST_F(TrainingCommand, ARunTakesNothingFromAnotherRunOrOtherData) {
+  const std::string two_steps = "--set train.steps=2 --set train.warmup_steps=1";
+  ASSERT_EQ(arcus(0, train("first", two_steps)).code, 0);
+  ASSERT_EQ(arcus(0, train("second", two_steps + " --set run.seed=2")).code, 0);
+  const std::string before = digest("first");
+  const ShellResult mixed =
+      arcus(2, train("first", two_steps + " --resume " + run_dir("second").string()));
+  EXPECT_EQ(mixed.code, 64) << mixed.out;
+  EXPECT_TRUE(contains(mixed.out, "holds checkpoints of another run")) << mixed.out;
+
+  const std::string other = (folder_ / "other").string();
+  ASSERT_EQ(
+      shell(std::string(ARCUS_BINARY) + " prepare --out " + other +
+            " --tokenizer spm:300 --valid-fraction 0 --domain words=" ARCUS_SOURCE_DIR "/LICENSE")
+          .code,
+      0);
+  const ShellResult tokens = arcus(2, train("first", "--set run.data=" + other));
+  EXPECT_EQ(tokens.code, 65) << tokens.out;
+  EXPECT_TRUE(contains(tokens.out, "another tokenizer")) << tokens.out;
+  EXPECT_EQ(digest("first"), before);
+}
+
+TEST_F(TrainingCommand, ARunThatDivergesIsGivenUpSavedAndSaysSo) {
+  // The time limit comes first, yet the reason is the loss.
+  const ShellResult diverged =
+      arcus(2, train("diverged",
+                     "--set train.lr=1e30 --set train.grad_clip=0 --set train.warmup_steps=0 "
+                     "--set run.max_bad_steps=3 --set run.max_minutes=1 --set train.steps=5000"));
+  EXPECT_EQ(diverged.code, 64) << diverged.out;
+  EXPECT_TRUE(contains(diverged.out, "3 non-finite steps in a row")) << diverged.out;
+  EXPECT_TRUE(fs::exists(run_dir("diverged") / "checkpoints" / "latest"));
+}
+
+TEST_F(TrainingCommand, ADamagedCheckpointIsNamedAndSoIsAnotherOne) {
+  ASSERT_EQ(arcus(0, train("damaged", "--set checkpoint.every=10")).code, 0);
+  const fs::path checkpoints = run_dir("damaged") / "checkpoints";
+  fs::remove(checkpoints / "step-00000020" / "rank-00000.h5");
+  const ShellResult eval = arcus(2, "eval " + run_dir("damaged").string());
+  EXPECT_EQ(eval.code, 66) << eval.out;
+  EXPECT_TRUE(contains(eval.out, "rank-00000.h5 is missing")) << eval.out;
+  EXPECT_TRUE(contains(eval.out, (checkpoints / "step-00000010").string())) << eval.out;
+  const ShellResult fixed =
+      arcus(0, "eval --set model.topk=1 " + (checkpoints / "step-00000010").string());
+  EXPECT_EQ(fixed.code, 64) << fixed.out;
+  // Going on from the older one needs no word from the user.
+  const ShellResult resumed = arcus(2, train("damaged"));
+  EXPECT_EQ(resumed.code, 0) << resumed.out;
+  EXPECT_TRUE(contains(resumed.out, "step-00000020 is not usable")) << resumed.out;
+}
+
+TEST_F(TrainingCommand, WhatOneProcessDoesIsDoneOnceUnderALauncher) {
+  const ShellResult shown = arcus(3, "inspect --digest " + data());
+  EXPECT_EQ(shown.code, 0);
+  EXPECT_EQ(shown.out, arcus(0, "inspect --digest " + data()).out);
+  EXPECT_EQ(arcus(2, "--version").out, arcus(0, "--version").out);
+  EXPECT_EQ(arcus(2, train("planned", "--plan")).out, arcus(0, train("planned", "--plan")).out);
 }
 
 TEST_F(TrainingCommand, ThePlanNeedsNeitherRanksNorARunFolder) {
@@ -156,6 +214,7 @@ TEST_F(TrainingCommand, MistakesUnderALauncherAreReportedOnceWithTheirCode) {
       {train("bad", "--set model.vocab_size=100"), 65, "vocabulary of 256"},
       {train("bad", "--set train.seq_len=100000"), 65, "train.seq_len"},
       {train("bad", "--set data.domain.0.name=verbs"), 64, "verbs"},
+      {train("bad", "--resume nope"), 64, "--resume nope: no such checkpoint or run folder"},
       {"train no-such-file.toml", 64, "no-such-file.toml: No such file"},
       {"eval /no/such/run", 66, "/no/such/run"},
   };
