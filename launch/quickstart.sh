@@ -38,7 +38,7 @@ run=runs/quickstart
 arcus=$build/arcus
 config=launch/configs/quickstart.toml
 text_packages="bible-kjv bible-kjv-text fortunes fortunes-zh manpages-zh debian-reference-zh-cn"
-megabytes_of_code=8
+megabytes_of_code=24
 
 say() { printf '\n== %s\n' "$*"; }
 
