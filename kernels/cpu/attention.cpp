@@ -181,6 +181,42 @@ void store_probs(T* probs, const A* row, const Visible& visible, std::int64_t ke
   std::fill(probs + visible.end, probs + keys, T{});
 }
 
+template <class A>
+A score_scale(const AttentionShape& shape) {
+  return A(1) / std::sqrt(static_cast<A>(shape.head_dim));
+}
+
+/// fn(r, visible keys) for each row of the block.
+template <class Args, class Fn>
+void for_each_row(const Args& args, const Problem& problem, const Block& block, Fn&& fn) {
+  for (std::int64_t r = 0; r < block.rows; ++r) {
+    const std::int64_t s = block.begin + r / args.shape.group();
+    fn(r, visible_keys(args.first_key, problem.token(args.shape), s));
+  }
+}
+
+/// P of the block, as operands: fn(row of scores, visible keys, r, row of lse) makes a row's scores
+/// its probabilities, forward by a softmax and backward again from the log-sum-exp.
+template <class T, class Args, class Fn>
+void probs_block(const Args& args, const Problem& problem, const Block& block,
+                 const ForwardScratch<T>& scratch, Fn&& fn) {
+  const std::int64_t stride = block.keys();
+  const std::int64_t first_row = problem.query_row(args.shape) + block.begin * args.shape.group();
+  for_each_row(args, problem, block, [&](std::int64_t r, const Visible& visible) {
+    Acc<T>* row = scratch.scores + r * stride;
+    fn(row, visible, r, args.lse.template row<Acc<T>>(first_row + r));
+    store_probs<T>(scratch.probs + r * stride, row, visible, block.keys());
+  });
+}
+
+/// Where row r of a block stands in rows of whole tokens.
+struct Place {
+  Place(const AttentionShape& shape, const Problem& problem, const Block& block, std::int64_t r)
+      : token(problem.token(shape) + block.begin + r / shape.group()),
+        col(problem.query_col(shape) + r % shape.group() * shape.head_dim) {}
+  std::int64_t token, col;
+};
+
 /// The problem's values side by side.
 template <class T, class Args>
 void gather_v(const Args& args, const Problem& problem, T* v) {
@@ -212,28 +248,21 @@ A softmax_row(A* row, const Visible& visible, A scale, A* lse) {
 template <class T, class A = Acc<T>>
 void softmax_block(const AttentionForward& args, const Problem& problem, const Block& block,
                    const ForwardScratch<T>& scratch) {
-  const std::int64_t group = args.shape.group();
-  const std::int64_t stride = block.keys();
-  const A scale = A(1) / std::sqrt(static_cast<A>(args.shape.head_dim));
-  const std::int64_t first_row = problem.query_row(args.shape) + block.begin * group;
-  for (std::int64_t r = 0; r < block.rows; ++r) {
-    const std::int64_t s = block.begin + r / group;
-    const Visible visible = visible_keys(args.first_key, problem.token(args.shape), s);
-    A* row = scratch.scores + r * stride;
-    scratch.inv_sum[r] = A(1) / softmax_row(row, visible, scale, args.lse.row<A>(first_row + r));
-    store_probs<T>(scratch.probs + r * stride, row, visible, block.keys());
-  }
+  const A scale = score_scale<A>(args.shape);
+  probs_block<T>(args, problem, block, scratch,
+                 [&](A* row, const Visible& visible, std::int64_t r, A* lse) {
+                   scratch.inv_sum[r] = A(1) / softmax_row(row, visible, scale, lse);
+                 });
 }
 
 /// Rows of the block's result, divided by the sums, to the tokens they belong to.
 template <class T, class A = Acc<T>>
 void store_out(const AttentionForward& args, const Problem& problem, const Block& block,
                const ForwardScratch<T>& scratch) {
-  const std::int64_t group = args.shape.group();
   const std::int64_t dim = args.shape.head_dim;
   for (std::int64_t r = 0; r < block.rows; ++r) {
-    const std::int64_t token = problem.token(args.shape) + block.begin + r / group;
-    T* out = args.out.row<T>(token) + problem.query_col(args.shape) + r % group * dim;
+    const Place place(args.shape, problem, block, r);
+    T* out = args.out.row<T>(place.token) + place.col;
     const A* sum = scratch.out + r * dim;
     const A inv_sum = scratch.inv_sum[r];
 #pragma omp simd
@@ -266,14 +295,12 @@ void forward_problem(Stream& stream, int thread, const AttentionForward& args,
 template <class T, class A = Acc<T>>
 void gather_dout(const AttentionBackward& args, const Problem& problem, const Block& block,
                  const BackwardScratch<T>& scratch) {
-  const std::int64_t group = args.shape.group();
   const std::int64_t dim = args.shape.head_dim;
   for (std::int64_t r = 0; r < block.rows; ++r) {
-    const std::int64_t token = problem.token(args.shape) + block.begin + r / group;
-    const std::int64_t col = problem.query_col(args.shape) + r % group * dim;
-    const T* dout = args.dout.row<T>(token) + col;
+    const Place place(args.shape, problem, block, r);
+    const T* dout = args.dout.row<T>(place.token) + place.col;
     std::copy(dout, dout + dim, scratch.dout + r * dim);
-    scratch.delta[r] = dot<A>(dout, args.out.row<T>(token) + col, dim);
+    scratch.delta[r] = dot<A>(dout, args.out.row<T>(place.token) + place.col, dim);
   }
 }
 
@@ -281,31 +308,24 @@ void gather_dout(const AttentionBackward& args, const Problem& problem, const Bl
 template <class T, class A = Acc<T>>
 void recompute_probs(const AttentionBackward& args, const Problem& problem, const Block& block,
                      const BackwardScratch<T>& scratch) {
-  const std::int64_t group = args.shape.group();
-  const std::int64_t stride = block.keys();
-  const A scale = A(1) / std::sqrt(static_cast<A>(args.shape.head_dim));
-  const std::int64_t first_row = problem.query_row(args.shape) + block.begin * group;
-  for (std::int64_t r = 0; r < block.rows; ++r) {
-    const std::int64_t s = block.begin + r / group;
-    const Visible visible = visible_keys(args.first_key, problem.token(args.shape), s);
-    const A lse = args.lse.row<A>(first_row + r)[0];
-    A* row = scratch.scores + r * stride;
+  const A scale = score_scale<A>(args.shape);
+  probs_block<T>(args, problem, block, scratch,
+                 [&](A* row, const Visible& visible, std::int64_t /*r*/, const A* lse_row) {
+                   const A lse = *lse_row;
 #pragma omp simd
-    for (std::int64_t i = visible.begin; i < visible.end; ++i) row[i] = exp(row[i] * scale - lse);
-    store_probs<T>(scratch.probs + r * stride, row, visible, block.keys());
-  }
+                   for (std::int64_t i = visible.begin; i < visible.end; ++i) {
+                     row[i] = exp(row[i] * scale - lse);
+                   }
+                 });
 }
 
 /// dS = P (dP - delta) scale, over P in `probs`; what is not visible is zero there already.
 template <class T, class A = Acc<T>>
 void dscores_block(const AttentionBackward& args, const Problem& problem, const Block& block,
                    const BackwardScratch<T>& scratch) {
-  const std::int64_t group = args.shape.group();
   const std::int64_t stride = block.keys();
-  const A scale = A(1) / std::sqrt(static_cast<A>(args.shape.head_dim));
-  for (std::int64_t r = 0; r < block.rows; ++r) {
-    const std::int64_t s = block.begin + r / group;
-    const Visible visible = visible_keys(args.first_key, problem.token(args.shape), s);
+  const A scale = score_scale<A>(args.shape);
+  for_each_row(args, problem, block, [&](std::int64_t r, const Visible& visible) {
     const A* p = scratch.scores + r * stride;
     const A* dp = scratch.dprobs + r * stride;
     T* ds = scratch.probs + r * stride;
@@ -314,7 +334,7 @@ void dscores_block(const AttentionBackward& args, const Problem& problem, const 
     for (std::int64_t i = visible.begin; i < visible.end; ++i) {
       store(ds[i], p[i] * (dp[i] - delta) * scale);
     }
-  }
+  });
 }
 
 template <class T, class A = Acc<T>>
@@ -403,7 +423,7 @@ void decode_head(const AttentionDecode& args, std::int64_t seq, std::int64_t hea
     scores[j] = dot<A>(q, args.k_cache.row<T>(first + j) + col, dim);
   }
   A lse;
-  const A scale = A(1) / std::sqrt(static_cast<A>(dim));
+  const A scale = score_scale<A>(args.shape);
   const A inv_sum = A(1) / softmax_row(scores, {0, length}, scale, &lse);
   std::fill_n(sum, dim, A(0));
   for (std::int64_t j = 0; j < length; ++j) {
