@@ -1,5 +1,4 @@
 #include <gtest/gtest.h>
-#include <stdlib.h>
 
 #include <algorithm>
 #include <chrono>
@@ -10,6 +9,7 @@
 #include <thread>
 
 #include "src/base/hdf5.hpp"
+#include "tests/support/temporary_folder.hpp"
 
 namespace arcus::h5 {
 namespace {
@@ -18,11 +18,6 @@ namespace fs = std::filesystem;
 
 class Hdf5 : public ::testing::Test {
  protected:
-  Hdf5() {
-    std::string pattern = (fs::temp_directory_path() / "arcus-test-XXXXXX").string();
-    dir_ = ::mkdtemp(pattern.data());
-  }
-  ~Hdf5() override { fs::remove_all(dir_); }
   File create(const std::string& name) const { return File::create(dir_ / name, ExitCode::data); }
   File open(const std::string& name) const { return File::open(dir_ / name, ExitCode::data); }
 
@@ -37,7 +32,8 @@ class Hdf5 : public ::testing::Test {
     return ExitCode::ok;
   }
 
-  fs::path dir_;
+  testing::TemporaryFolder folder_;
+  const fs::path dir_ = folder_.path();
   std::string message_;
 };
 

@@ -14,27 +14,11 @@
 #include "checkpoints/checkpoint.hpp"
 #include "comm/backends.hpp"
 #include "src/base/rng.hpp"
+#include "tests/support/temporary_folder.hpp"
 
 namespace arcus::test {
 
-/// A folder that lives as long as the object.
-class TemporaryFolder {
- public:
-  TemporaryFolder() {
-    std::string pattern = (std::filesystem::temp_directory_path() / "arcus-XXXXXX").string();
-    path_ = ::mkdtemp(pattern.data());
-  }
-  ~TemporaryFolder() {
-    std::error_code ignored;
-    std::filesystem::remove_all(path_, ignored);
-  }
-  TemporaryFolder(const TemporaryFolder&) = delete;
-  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
-  const std::filesystem::path& path() const { return path_; }
-
- private:
-  std::filesystem::path path_;
-};
+using testing::TemporaryFolder;
 
 struct TensorCase {
   TensorSpec spec;

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <gtest/gtest.h>
-#include <stdlib.h>
 
 #include <cstdint>
 #include <filesystem>
@@ -14,30 +13,24 @@
 
 #include "src/base/error.hpp"
 #include "src/data/prepare.hpp"
+#include "tests/support/temporary_folder.hpp"
 
 namespace arcus::testing {
 
-/// A folder of its own for one test, removed at its end.
+/// A folder of its own for one test, and files in it.
 class TempDir {
  public:
-  TempDir() {
-    std::string pattern = (std::filesystem::temp_directory_path() / "arcus-test-XXXXXX").string();
-    path_ = ::mkdtemp(pattern.data());
-  }
-  TempDir(const TempDir&) = delete;
-  TempDir& operator=(const TempDir&) = delete;
-  ~TempDir() { std::filesystem::remove_all(path_); }
-  std::filesystem::path operator/(const std::string& name) const { return path_ / name; }
+  std::filesystem::path operator/(const std::string& name) const { return folder_.path() / name; }
 
   std::string write(const std::string& name, const std::string& content) const {
-    const auto path = path_ / name;
+    const auto path = folder_.path() / name;
     std::filesystem::create_directories(path.parent_path());
     std::ofstream(path, std::ios::binary) << content;
     return path.string();
   }
 
  private:
-  std::filesystem::path path_;
+  TemporaryFolder folder_;
 };
 
 inline std::string read_file(const std::filesystem::path& path) {

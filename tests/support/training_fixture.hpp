@@ -1,8 +1,5 @@
 #pragma once
 
-#include <unistd.h>
-
-#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <memory>
@@ -15,28 +12,9 @@
 #include "src/base/hash.hpp"
 #include "src/data/prepare.hpp"
 #include "src/train/trainer.hpp"
+#include "tests/support/temporary_folder.hpp"
 
 namespace arcus::testing {
-
-/// A folder that is removed again.
-class TemporaryFolder {
- public:
-  explicit TemporaryFolder(const std::string& name) {
-    std::string pattern = (std::filesystem::temp_directory_path() / (name + ".XXXXXX")).string();
-    ARCUS_CHECK(mkdtemp(pattern.data()) != nullptr, "cannot create {}", pattern);
-    path_ = pattern;
-  }
-  ~TemporaryFolder() {
-    std::error_code ignored;
-    std::filesystem::remove_all(path_, ignored);
-  }
-  TemporaryFolder(const TemporaryFolder&) = delete;
-  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
-  const std::filesystem::path& path() const { return path_; }
-
- private:
-  std::filesystem::path path_;
-};
 
 /// The compute types that this processor has.
 inline std::vector<const char*> compute_dtypes() {
