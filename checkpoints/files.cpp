@@ -62,14 +62,13 @@ void rename_synced(const std::filesystem::path& from, const std::filesystem::pat
   sync(to.parent_path());
 }
 
-void exchange_synced(const std::filesystem::path& from, const std::filesystem::path& to) {
+bool exchange_synced(const std::filesystem::path& from, const std::filesystem::path& to) {
   if (::renameat2(AT_FDCWD, from.c_str(), AT_FDCWD, to.c_str(), RENAME_EXCHANGE) != 0) {
-    const std::filesystem::path aside = to.string() + ".old.tmp";
-    if (::rename(to.c_str(), aside.c_str()) != 0) fail("rename", to);
-    if (::rename(from.c_str(), to.c_str()) != 0) fail("rename", from);
-    if (::rename(aside.c_str(), from.c_str()) != 0) fail("rename", aside);
+    if (errno == EINVAL || errno == ENOSYS || errno == ENOTSUP) return false;
+    fail("exchange", from);
   }
   sync(to.parent_path());
+  return true;
 }
 
 std::string read_text(const std::filesystem::path& path) {

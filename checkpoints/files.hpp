@@ -15,9 +15,10 @@ void sync(const std::filesystem::path& path);
 void write_synced(const std::filesystem::path& path, std::string_view text);
 /// Atomic within one file system; forces the folder of `to` to disk.
 void rename_synced(const std::filesystem::path& from, const std::filesystem::path& to);
-/// Puts the folder `from` in the place of the folder `to`, which ends up under the name `from`; in
-/// one operation where the file system has it. Forces their folder to disk.
-void exchange_synced(const std::filesystem::path& from, const std::filesystem::path& to);
+/// Puts the folder `from` in the place of the folder `to`, which ends up under the name `from`, in
+/// one operation, and forces their folder to disk. False, nothing done, where the file system has
+/// no such operation.
+bool exchange_synced(const std::filesystem::path& from, const std::filesystem::path& to);
 
 std::string read_text(const std::filesystem::path& path);
 std::uint64_t hash(const std::filesystem::path& path);

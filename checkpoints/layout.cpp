@@ -62,6 +62,35 @@ std::optional<std::int64_t> step_of_name(std::string_view name) {
   return step;
 }
 
+void replace_folder(const std::filesystem::path& fresh, const std::filesystem::path& path,
+                    bool exchange) {
+  if (std::filesystem::exists(path)) {
+    if (exchange && files::exchange_synced(fresh, path)) return;
+    files::rename_synced(path, path.string() + kReplacedSuffix);
+  }
+  files::rename_synced(fresh, path);
+}
+
+void finish_replacements(const std::filesystem::path& folder) {
+  std::error_code error;
+  std::vector<std::filesystem::path> replaced;
+  for (const auto& entry : std::filesystem::directory_iterator(folder, error)) {
+    const std::filesystem::path& path = entry.path();
+    if (path.extension() == kReplacedSuffix && step_of_name(path.stem().string())) {
+      replaced.push_back(path);
+    }
+  }
+  for (const std::filesystem::path& path : replaced) {
+    std::filesystem::path name = path;
+    name.replace_extension();
+    if (std::filesystem::exists(name)) {
+      std::filesystem::remove_all(path, error);
+    } else {
+      files::rename_synced(path, name);
+    }
+  }
+}
+
 std::string shard_name(std::int64_t rank) { return fmt::format("rank-{:05}.h5", rank); }
 
 std::int64_t block_of_row(const TensorSpec& spec, std::int64_t row) {

@@ -17,6 +17,7 @@ inline constexpr const char* kIndexName = "index.h5";
 inline constexpr const char* kChecksumsName = "CHECKSUMS";
 inline constexpr const char* kLatestName = "latest";
 inline constexpr const char* kTemporarySuffix = ".tmp";
+inline constexpr const char* kReplacedSuffix = ".old";
 
 std::filesystem::path checkpoints_folder(const std::filesystem::path& run_dir);
 /// The absolute path, without a slash at its end.
@@ -24,6 +25,15 @@ std::filesystem::path normalized(const std::filesystem::path& path);
 std::string step_name(std::int64_t step);                         ///< "step-00000123"
 std::optional<std::int64_t> step_of_name(std::string_view name);  ///< inverse of step_name
 std::string shard_name(std::int64_t rank);                        ///< "rank-00001.h5"
+
+/// Puts the whole folder `fresh` under the name `path`. Where a folder has that name already, it is
+/// exchanged, or without `exchange` (file systems that cannot) first renamed to `path`.old, so that
+/// one of the two is whole under a name that finish_replacements knows at any moment.
+void replace_folder(const std::filesystem::path& fresh, const std::filesystem::path& path,
+                    bool exchange = true);
+/// Ends what a crash inside replace_folder left in the folder of checkpoints: an .old whose name is
+/// free gets it back, any other is removed.
+void finish_replacements(const std::filesystem::path& folder);
 
 /// Index of the block that begins at `row`; throws (internal) when none does.
 std::int64_t block_of_row(const TensorSpec& spec, std::int64_t row);

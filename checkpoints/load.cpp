@@ -14,8 +14,10 @@ namespace fs = std::filesystem;
 constexpr ExitCode kCode = ExitCode::checkpoint;
 
 void require_size(const fs::path& path, std::int64_t size) {
-  ARCUS_REQUIRE(fs::exists(path), kCode, "{} is missing", path.string());
-  const auto found = static_cast<std::int64_t>(fs::file_size(path));
+  std::error_code error;
+  ARCUS_REQUIRE(fs::exists(path, error) || error, kCode, "{} is missing", path.string());
+  const auto found = static_cast<std::int64_t>(fs::file_size(path, error));
+  ARCUS_REQUIRE(!error, kCode, "cannot read {}: {}", path.string(), error.message());
   ARCUS_REQUIRE(found == size, kCode, "{} has {} bytes instead of {}{}", path.string(), found, size,
                 found < size ? " (truncated)" : "");
 }

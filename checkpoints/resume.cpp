@@ -23,6 +23,7 @@ Checkpoint open_on_all(Communicator& world, Stream& stream, const fs::path& path
 
 /// Checkpoints of a run to try in turn: the latest, then older ones.
 std::vector<fs::path> candidates(const fs::path& run_dir) {
+  layout::finish_replacements(layout::checkpoints_folder(run_dir));
   const auto latest = find_latest(run_dir);
   std::vector<fs::path> paths = list_checkpoints(run_dir);
   if (latest) paths.erase(paths.begin(), std::find(paths.begin(), paths.end(), *latest));
@@ -96,6 +97,9 @@ std::vector<fs::path> list_checkpoints(const fs::path& run_dir) {
     const auto step = layout::step_of_name(it->path().filename().string());
     if (step) found.emplace_back(*step, it->path());
   }
+  ARCUS_REQUIRE(!error || error == std::errc::no_such_file_or_directory, ExitCode::checkpoint,
+                "cannot read {}: {}; make it readable, or --resume none starts anew",
+                folder.string(), error.message());
   std::sort(found.begin(), found.end(),
             [](const auto& a, const auto& b) { return a.first > b.first; });
   std::vector<fs::path> paths;
@@ -107,7 +111,7 @@ std::optional<fs::path> find_latest(const fs::path& run_dir) {
   const auto paths = list_checkpoints(run_dir);
   if (paths.empty()) return std::nullopt;
   const fs::path pointer = layout::checkpoints_folder(run_dir) / layout::kLatestName;
-  if (fs::exists(pointer)) {
+  if (fs::is_regular_file(pointer)) {
     std::string name = files::read_text(pointer);
     while (!name.empty() && name.back() == '\n') name.pop_back();
     for (const fs::path& path : paths) {

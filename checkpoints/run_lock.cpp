@@ -31,6 +31,9 @@ std::string read_holder(int descriptor) {
 RunLock::RunLock(const std::filesystem::path& run_dir) {
   std::error_code error;
   std::filesystem::create_directories(run_dir, error);
+  ARCUS_REQUIRE(!error, ExitCode::usage,
+                "cannot create the run folder {}: {}; choose another [run] dir", run_dir.string(),
+                error.message());
   const std::filesystem::path path = run_dir / "lock";
   descriptor_ = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
   ARCUS_REQUIRE(descriptor_ >= 0, ExitCode::usage, "cannot open {}: {}; choose another [run] dir",

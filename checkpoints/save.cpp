@@ -21,6 +21,7 @@ void prepare_folder(const fs::path& folder, const fs::path& temporary) {
   fs::create_directories(folder, error);
   ARCUS_REQUIRE(!error, ExitCode::checkpoint, "cannot create {}: {}", folder.string(),
                 error.message());
+  layout::finish_replacements(folder);
   for (const fs::directory_entry& entry : fs::directory_iterator(folder)) {
     if (entry.path().extension() == layout::kTemporarySuffix) fs::remove_all(entry.path(), error);
   }
@@ -52,11 +53,7 @@ void publish(const fs::path& temporary, const fs::path& path, Checkpoint& checkp
   files::sync(temporary);
   files::write_synced(new_latest, path.filename().string() + "\n");
   tell(options, "rename");
-  if (fs::exists(path)) {
-    files::exchange_synced(temporary, path);
-  } else {
-    files::rename_synced(temporary, path);
-  }
+  layout::replace_folder(temporary, path);
   tell(options, "latest");
   files::rename_synced(new_latest, latest);
 }
@@ -66,6 +63,7 @@ void retire(const fs::path& run_dir, const fs::path& temporary, std::int64_t ste
             const SaveOptions& options) {
   std::error_code error;
   fs::remove_all(temporary, error);
+  layout::finish_replacements(layout::checkpoints_folder(run_dir));
   std::int64_t kept = 0;
   for (const fs::path& path : list_checkpoints(run_dir)) {
     const std::int64_t other = *layout::step_of_name(path.filename().string());
@@ -125,6 +123,7 @@ SaveReport save_checkpoint(Communicator& world, Stream& stream, const fs::path& 
     std::error_code ignored;
     if (world.rank() == 0) {
       fs::remove_all(temporary, ignored);
+      layout::finish_replacements(folder);
       fs::remove(folder / (std::string(layout::kLatestName) + layout::kTemporarySuffix), ignored);
     }
     throw;

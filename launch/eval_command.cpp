@@ -1,5 +1,7 @@
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <filesystem>
 #include <memory>
 #include <optional>
 #include <string>
@@ -40,6 +42,11 @@ constexpr const char* kFooter =
 TokenDataset open_matching_data(Session& session, const LoadedModel& model,
                                 const std::string& data) {
   const std::string dir = data.empty() ? model.config.run.data : data;
+  session.together([&] {
+    ARCUS_REQUIRE(!data.empty() || std::filesystem::exists(dir), ExitCode::data,
+                  "the run's data, {}, is not there (seen from {}); name its folder with --data",
+                  dir, std::filesystem::current_path().string());
+  });
   TokenDataset dataset = open_dataset(session, dir);
   session.together([&] {
     const auto stored = model.info.extra.find(extra_key::kTokenizer);
@@ -71,12 +78,16 @@ void print_table(const EvalMetrics& eval) {
 }
 
 ExitCode run_on_ranks(Session& session, const Arguments& arguments) {
+  std::vector<std::string> domains;
+  for (const std::string& name : arguments.domains) {
+    if (std::ranges::find(domains, name) == domains.end()) domains.push_back(name);
+  }
   LoadedModel model = load_model(session, arguments.path, arguments.sets, 0, 0);
   const TokenDataset dataset = open_matching_data(session, model, arguments.data);
   session.together([&] {
-    for (const std::string& name : arguments.domains) dataset.domain_idx(name);
+    for (const std::string& name : domains) dataset.domain_idx(name);
   });
-  const EvalMetrics eval = evaluate(*model.instance, dataset, model.config.data, arguments.domains,
+  const EvalMetrics eval = evaluate(*model.instance, dataset, model.config.data, domains,
                                     arguments.batches, model.info.step);
   if (!session.is_root()) return ExitCode::ok;
   if (arguments.json) {

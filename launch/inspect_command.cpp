@@ -31,8 +31,8 @@ struct Arguments {
 };
 
 constexpr const char* kFooter =
-    "PATH is a checkpoint, a run folder (its latest checkpoint), a file inside one of them, or a\n"
-    "data set made by `arcus prepare`.\n"
+    "PATH is a checkpoint, a run folder (its latest checkpoint) or a data set made by `arcus\n"
+    "prepare`; a file of a checkpoint or data set stands for the whole.\n"
     "\n"
     "Examples:\n"
     "  arcus inspect runs/first                   # latest checkpoint, every tensor\n"
@@ -166,7 +166,9 @@ void add_inspect_command(CLI::App& app, Action& action) {
                  "one hash over the content, from the stored hashes; with --verify they are "
                  "compared with the data first")
       ->excludes(json);
-  command->add_flag("--config", args->config, "the run's configuration")->excludes(json);
+  command->add_flag("--config", args->config, "the run's configuration")
+      ->excludes(json)
+      ->excludes("--digest");
   command->add_option("--held-out", args->text, "print the held-out text of this domain")
       ->excludes(json)
       ->type_name("DOMAIN");

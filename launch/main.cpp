@@ -1,6 +1,9 @@
 #include <fmt/format.h>
 
+#include <cerrno>
 #include <chrono>
+#include <cstdio>
+#include <cstring>
 #include <string>
 #include <thread>
 #include <vector>
@@ -91,7 +94,11 @@ int run(int argc, char** argv) {
 
 int main(int argc, char** argv) {
   try {
-    return arcus::run(argc, argv);
+    const int code = arcus::run(argc, argv);
+    // What was printed may matter as much as a file: a full disk behind a pipe is an error.
+    ARCUS_REQUIRE(std::fflush(stdout) == 0 && std::ferror(stdout) == 0, arcus::ExitCode::usage,
+                  "cannot write standard output: {}", std::strerror(errno));
+    return code;
   } catch (const std::exception& error) {
     return arcus::report_failure(error);
   }

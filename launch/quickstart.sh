@@ -16,8 +16,8 @@ case "${1:-}" in
   --minutes)
     minutes=${2:-}
     case "$minutes" in
-      "" | *[!0-9.]* | .*)
-        echo "quickstart.sh: --minutes takes a number, e.g. --minutes 8" >&2
+      "" | *[!0-9.]* | .* | *.*.* | 0 | 0.0*)
+        echo "quickstart.sh: --minutes takes a number above 0, e.g. --minutes 8" >&2
         exit 64
         ;;
     esac
@@ -42,13 +42,11 @@ megabytes_of_code=24
 
 say() { printf '\n== %s\n' "$*"; }
 
-mpirun_2() {
-  # A longer time between TERM and KILL lets an interrupted run save a checkpoint. As many ranks as
-  # asked for, on however few cores; one that waits leaves its core to the other.
-  OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_mpi_yield_when_idle=1 \
-    OMPI_MCA_btl_base_warn_component_unused=0 OMPI_MCA_odls_base_sigkill_timeout=60 \
-    mpirun -q --oversubscribe --bind-to none -np 2 "$@"
-}
+# A longer time between TERM and KILL lets an interrupted run save a checkpoint. As many ranks as
+# asked for, on however few cores; one that waits leaves its core to the other.
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_mpi_yield_when_idle=1
+export OMPI_MCA_btl_base_warn_component_unused=0 OMPI_MCA_odls_base_sigkill_timeout=60
+mpirun_2="mpirun -q --oversubscribe --bind-to none -np 2"
 
 introduce() {
   cat <<TEXT
@@ -153,7 +151,7 @@ choose_steps() {
   if [ ! -e $run/steps ]; then
     echo "measuring the speed of this machine"
     rm -rf $run-speed
-    mpirun_2 $arcus train $config --set run.dir=$run-speed --set train.steps=12 \
+    $mpirun_2 $arcus train $config --set run.dir=$run-speed --set train.steps=12 \
       --set train.warmup_steps=1 --set eval.batches=1 >$data/speed.log 2>&1 ||
       { tail -n 5 $data/speed.log >&2; exit 1; }
     mkdir -p $run
@@ -176,34 +174,17 @@ train() {
   steps=$(choose_steps | tail -n 1)
   done_steps=$(steps_done || true)
   if [ "${done_steps:-0}" -ge "$steps" ]; then
-    echo "already trained: step $done_steps of $steps in $run"
+    echo "already trained: step $done_steps of $steps in $run; remove $run to train for another time"
     return
   fi
-  mpirun_2 $arcus train $config --set train.steps="$steps" --set run.max_minutes="$minutes" \
+  $mpirun_2 $arcus train $config --set train.steps="$steps" --set run.max_minutes="$minutes" \
     --set train.warmup_steps=$((steps / 20 + 1))
 }
 
-bits_per_byte_of_xz() {
-  $arcus inspect $data/tokens --held-out "$1" >$data/held-out.txt
-  xz -9e -c $data/held-out.txt | wc -c | tr '\n' ' ' >$data/held-out.size
-  wc -c <$data/held-out.txt >>$data/held-out.size
-  awk '{ printf "%.3f", 8 * $1 / $2 }' $data/held-out.size
-}
-
-print_table() {
-  mpirun_2 $arcus eval $run >$data/eval.txt
-  printf '%-10s %14s %26s %22s\n' domain 'held-out bytes' 'Arcus, bits per byte' 'xz -9e, bits per byte'
-  for domain in prose code chinese; do
-    awk -v domain=$domain -v xz="$(bits_per_byte_of_xz $domain)" '$1 == domain {
-      printf "%-10s %14d %26.3f %22.3f\n", domain, $2, $NF, xz }' $data/eval.txt
-  done
-  awk '$1 == "all" { printf "%-10s %14d %26.3f\n", "all", $2, $NF }' $data/eval.txt
-}
-
 print_sample() {
-  mpirun_2 $arcus generate $run --prompt 'And the LORD said' --max-tokens 80 --seed 3
+  $mpirun_2 $arcus generate $run --prompt 'And the LORD said' --max-tokens 80 --seed 3
   echo
-  mpirun_2 $arcus generate $run --prompt '#include <' --max-tokens 80 --seed 3
+  $mpirun_2 $arcus generate $run --prompt '#include <' --max-tokens 80 --seed 3
 }
 
 started=$(date +%s)
@@ -218,7 +199,7 @@ prepare_text
 say "4. training"
 train
 say "5. held-out text"
-print_table
+launch/compare-with-xz.sh $arcus $run $data/tokens $mpirun_2
 say "A sample"
 print_sample
 cat <<TEXT
@@ -229,5 +210,6 @@ Done in $((($(date +%s) - started + 59) / 60)) minutes. To try next:
   $arcus inspect $run
   $arcus train $config --plan --ranks 8
   $arcus help config
+  $mpirun_2 $arcus train launch/configs/hour.toml   # an hour
   launch/quickstart.sh            # goes on if training was cut short
 TEXT

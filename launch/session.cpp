@@ -16,6 +16,11 @@ namespace {
 void print_error(const std::string& message) {
   std::fflush(stdout);
   spdlog::default_logger()->flush();
+  try {
+    log_to_file(message);
+  } catch (const std::exception&) {
+    // The terminal has to do.
+  }
   fmt::print(stderr, "arcus: error: {}\n", message);
   std::fflush(stderr);
 }
@@ -29,6 +34,12 @@ Session::Session(CommunicatorOptions options) {
     mpi_ = std::make_unique<MpiSession>(&argc, &argv);
     comm_ = mpi_->world(options);
   } else {
+    // srun without a PMI that this MPI knows starts every task as a world of its own.
+    const char* const tasks = std::getenv("SLURM_STEP_NUM_TASKS");
+    ARCUS_REQUIRE(tasks == nullptr || std::atoi(tasks) <= 1, ExitCode::comm,
+                  "this is one of {} Slurm tasks that cannot see each other; start them with `srun "
+                  "--mpi=pmix` (`srun --mpi=list` shows what there is) or with mpirun",
+                  tasks);
     comm_ = make_self_communicator(options);
   }
   init_log(comm_->rank(), comm_->size());

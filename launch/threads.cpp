@@ -82,9 +82,25 @@ int available_cores() {
   return quota > 0 ? std::min(quota, cores) : cores;
 }
 
+namespace {
+
+/// A few threads more than cores are legal (tests do it); thousands bring a machine down.
+int checked_threads(const char* key, std::int64_t threads) {
+  const std::int64_t most = std::max<std::int64_t>(16, 4 * available_cores());
+  ARCUS_REQUIRE(threads <= most, ExitCode::usage,
+                "{} is {}, but this machine has {} cores for the process; set it to {} or less, or "
+                "to 0",
+                key, threads, available_cores(), available_cores());
+  return static_cast<int>(threads);
+}
+
+}  // namespace
+
 int threads_per_rank(const ParallelConfig& parallel, Communicator& comm, Stream& stream) {
-  if (parallel.threads > 0) return static_cast<int>(parallel.threads);
-  if (const int threads = threads_from_environment(); threads > 0) return threads;
+  if (parallel.threads > 0) return checked_threads("parallel.threads", parallel.threads);
+  if (const int threads = threads_from_environment(); threads > 0) {
+    return checked_threads("OMP_NUM_THREADS", threads);
+  }
   const std::string place = fmt::format("{} {}", host_name(), bound_cores().mask);
   const std::vector<std::string> places = gather_texts(comm, stream, place);
   const auto sharers = std::count(places.begin(), places.end(), place);

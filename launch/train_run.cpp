@@ -85,15 +85,34 @@ TrainRun::TrainRun(Session& session, const Config& config, const std::string& re
   restore(resume);
   watch();
   session_.together([&] {
-    if (session_.is_root()) std::ofstream(dir_ / "config.toml") << to_toml(config_);
+    if (session_.is_root()) write_config();
   });
+}
+
+/// For people: a run reads the copy in its checkpoints, so a full disk is no reason to stop. The
+/// old file stands until the new one is whole.
+void TrainRun::write_config() const {
+  const fs::path file = dir_ / "config.toml";
+  const fs::path fresh = dir_ / "config.toml.tmp";
+  std::error_code error;
+  std::ofstream out(fresh);
+  out << to_toml(config_) << std::flush;
+  const bool written = out.good();
+  out.close();
+  if (written) fs::rename(fresh, file, error);
+  if (!written || error) {
+    spdlog::warn("cannot write {}{}", file.string(), error ? ": " + error.message() : "");
+    fs::remove(fresh, error);
+  }
 }
 
 void TrainRun::open_folder(const std::string& resume) {
   session_.together([&] {
     if (!session_.is_root()) return;
     lock_ = std::make_unique<RunLock>(dir_);
-    if (resume == "none") start_afresh();
+    // Metrics without a checkpoint belong to a run that cannot go on.
+    const bool orphaned = list_checkpoints(dir_).empty() && fs::exists(dir_ / "metrics.jsonl");
+    if (resume == "none" || orphaned) start_afresh();
     attach_run_log(dir_ / "run.log");
     spdlog::info("arcus {}, run folder {}", version_line(), dir_.string());
   });
@@ -101,7 +120,7 @@ void TrainRun::open_folder(const std::string& resume) {
 
 /// What an earlier run left is moved aside: nothing is lost, nothing is mixed up.
 void TrainRun::start_afresh() {
-  for (const char* name : {"checkpoints", "metrics.jsonl", "run.log", "trace"}) {
+  for (const char* name : {"checkpoints", "metrics.jsonl", "run.log", "config.toml", "trace"}) {
     const fs::path old = dir_ / name;
     if (!fs::exists(old)) continue;
     const fs::path aside = free_name(old);
@@ -228,8 +247,14 @@ void TrainRun::check_resumed(const CheckpointInfo& info) {
         "bits will differ",
         bits, kLeafScaleBits);
   }
-  const std::string changes =
-      differences(from_toml(info.config_text, "the checkpoint's configuration"), config_);
+  const Config stored = from_toml(info.config_text, "the checkpoint's configuration");
+  if (stored.train.global_batch_seqs != config_.train.global_batch_seqs ||
+      stored.train.seq_len != config_.train.seq_len) {
+    spdlog::warn(
+        "train.global_batch_seqs or train.seq_len changed: a step's samples are counted from the "
+        "step number, so some text will be skipped or seen again");
+  }
+  const std::string changes = differences(stored, config_);
   if (!changes.empty()) log_lines("changed since the checkpoint:\n" + changes);
 }
 
@@ -278,7 +303,9 @@ void TrainRun::save() {
                 {extra_key::kDataFingerprint, hex(dataset_.fingerprint())},
                 {extra_key::kGradientScaleBits, fmt::format("{}", kLeafScaleBits)},
                 {extra_key::kEpSize, fmt::format("{}", instance_->groups().ep->size())}};
-  const SaveOptions options{.keep = config_.checkpoint.keep,
+  // After non-finite steps the weights may be beyond repair: nothing older is given up for them.
+  const bool doubtful = trainer_->bad_steps_in_a_row() > 0;
+  const SaveOptions options{.keep = doubtful ? 0 : config_.checkpoint.keep,
                             .keep_every = config_.checkpoint.keep_every,
                             .on_stage = [this](std::string_view) {
                               watchdog_->beat(trainer_->steps_done(), 0, "checkpoint");
@@ -298,23 +325,29 @@ ExitCode TrainRun::finish(RunEnd end) {
     session_.together([&] {
       ARCUS_FAIL(ExitCode::usage,
                  "{} non-finite steps in a row (run.max_bad_steps) at step {}; everything is saved "
-                 "in {}; lower train.lr ({}) or train.grad_clip ({}), or go on from an earlier "
-                 "checkpoint",
+                 "in {}, earlier checkpoints too; go on from one of them (--resume) with a lower "
+                 "train.lr ({}) or {}",
                  trainer_->bad_steps_in_a_row(), done, dir_.string(), config_.train.lr,
-                 config_.train.grad_clip);
+                 config_.train.grad_clip > 0
+                     ? fmt::format("train.grad_clip ({})", config_.train.grad_clip)
+                     : "with train.grad_clip set (now off), e.g. to 1");
     });
   }
   if (session_.is_root()) {
     const std::string what = end == RunEnd::finished  ? "done"
                              : end == RunEnd::time_up ? "time is up, saved"
                                                       : stop_reason() + ", saved";
+    const bool nothing_to_do = end == RunEnd::finished && done == first_step_;
     spdlog::info("{} at step {} of {}{}", what, done, config_.train.steps,
-                 end == RunEnd::finished ? "" : "; the same command goes on from there");
+                 nothing_to_do             ? "; nothing to do, train.steps sets how far to go"
+                 : end == RunEnd::finished ? ""
+                                           : "; the same command goes on from there");
   }
   return end == RunEnd::stopped ? ExitCode::interrupted : ExitCode::ok;
 }
 
 ExitCode TrainRun::run() {
+  first_step_ = trainer_->steps_done();
   if (session_.is_root()) {
     progress_ = std::make_unique<ProgressLine>(stderr, trainer_->steps_done(), config_.train.steps,
                                                config_.run.max_minutes);

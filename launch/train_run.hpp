@@ -35,6 +35,7 @@ class TrainRun {
   void check_before_reading(const std::string& resume);
   void check_tokenizer(const CheckpointInfo& info) const;
   void check_resumed(const CheckpointInfo& info);
+  void write_config() const;
   RunOptions run_options() const;
   RunHooks hooks();
   void on_step(const StepMetrics& metrics);
@@ -53,6 +54,7 @@ class TrainRun {
   std::unique_ptr<BatchSampler> sampler_;
   std::unique_ptr<Watchdog> watchdog_;
   std::unique_ptr<ProgressLine> progress_;  ///< rank 0
+  std::int64_t first_step_ = 0;             ///< steps done when this process began
   std::string fingerprint_;
   std::string run_id_;
 };

@@ -1,7 +1,7 @@
 #include "src/base/error.hpp"
 
-#include <filesystem>
 #include <new>
+#include <system_error>
 
 namespace arcus {
 
@@ -16,7 +16,8 @@ Error as_error(const std::exception& exception) {
     return {ExitCode::internal,
             "out of memory; `arcus train --plan` shows what a run needs per rank", "", 0};
   }
-  if (dynamic_cast<const std::filesystem::filesystem_error*>(&exception) != nullptr) {
+  // Files, and output that cannot be written.
+  if (dynamic_cast<const std::system_error*>(&exception) != nullptr) {
     return {ExitCode::usage, exception.what(), "", 0};
   }
   return {ExitCode::internal, fmt::format("unexpected exception: {}", exception.what()), "", 0};

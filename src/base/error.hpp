@@ -38,8 +38,8 @@ class Error : public std::runtime_error {
   int line_;
 };
 
-/// Any exception as an Error: out of memory, file system errors and unexpected ones get a message
-/// and a code of their own.
+/// Any exception as an Error: out of memory, errors of the system (files, output) and unexpected
+/// ones get a message and a code of their own.
 Error as_error(const std::exception& exception);
 
 }  // namespace arcus

@@ -35,7 +35,17 @@ void init_log(int rank, int num_ranks) {
       num_ranks > 1 && rank > 0 ? fmt::format("%^%*%$rank {}: %v", rank) : "%^%*%$%v");
   logger->set_formatter(std::move(formatter));
   logger->flush_on(spdlog::level::info);
+  // A log that cannot be written (a full disk) is no reason for lines of its own.
+  logger->set_error_handler([](const std::string&) {});
   spdlog::set_default_logger(std::move(logger));
+}
+
+void log_to_file(std::string_view message) {
+  const auto& sinks = spdlog::default_logger()->sinks();
+  for (std::size_t i = 1; i < sinks.size(); ++i) {
+    sinks[i]->log({"arcus", spdlog::level::err, {message.data(), message.size()}});
+    sinks[i]->flush();
+  }
 }
 
 void attach_run_log(const std::filesystem::path& file) {

@@ -4,6 +4,7 @@
 
 #include <filesystem>
 #include <string>
+#include <string_view>
 
 namespace arcus {
 
@@ -11,6 +12,8 @@ namespace arcus {
 /// attach_run_log is called, to the run's log file; other ranks write warnings and errors alone,
 /// with their rank in front.
 void init_log(int rank, int num_ranks);
+/// Writes an error to the run's log file alone; nothing where there is none.
+void log_to_file(std::string_view message);
 /// Adds DIR/run.log (appended to) to this process's log.
 void attach_run_log(const std::filesystem::path& file);
 

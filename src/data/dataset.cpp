@@ -78,7 +78,9 @@ std::unique_ptr<TokenFile::Impl> TokenFile::Impl::open(const std::filesystem::pa
 void TokenFile::Impl::check_size_and_metadata() const {
   ARCUS_REQUIRE(std::filesystem::exists(path), ExitCode::data,
                 "{} is missing; prepare the data again", path.string());
-  const auto bytes = static_cast<std::int64_t>(std::filesystem::file_size(path));
+  std::error_code error;
+  const auto bytes = static_cast<std::int64_t>(std::filesystem::file_size(path, error));
+  ARCUS_REQUIRE(!error, ExitCode::data, "cannot read {}: {}", path.string(), error.message());
   ARCUS_REQUIRE(bytes == record.file_bytes, ExitCode::data,
                 "{} has {} bytes, dataset.json records {}: it is {}", path.string(), bytes,
                 record.file_bytes, bytes < record.file_bytes ? "truncated" : "another file");

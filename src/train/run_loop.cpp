@@ -1,8 +1,10 @@
 #include "src/train/run_loop.hpp"
 
+#include <cerrno>
 #include <chrono>
 #include <fstream>
 #include <optional>
+#include <system_error>
 
 #include "src/base/log.hpp"
 #include "src/train/routing_trace.hpp"
@@ -22,7 +24,8 @@ class MetricsLog {
                    kept_.damaged_lines == 1 ? "" : "s", file_.string());
     }
     out_.open(file_, std::ios::app);
-    ARCUS_REQUIRE(out_.is_open(), ExitCode::usage, "cannot write {}", file_.string());
+    ARCUS_REQUIRE(out_.is_open(), ExitCode::usage, "cannot write {}: {}", file_.string(),
+                  std::generic_category().message(errno));
   }
   template <class Metrics>
   void write(const Metrics& metrics) {
@@ -95,19 +98,34 @@ class Run {
     StepRequests requests{.stop = hooks_.stop_requested && hooks_.stop_requested(),
                           .time_up = time_is_up()};
     const std::int64_t next = trainer_.steps_done() + 1;
-    std::optional<RoutingTrace> trace;
-    if (options_.trace_routing_every > 0 && next % options_.trace_routing_every == 0) {
-      const Communicator& world = trainer_.instance().world();
-      trace.emplace(options_.run_dir, next, world.rank(), world.size());
-      trainer_.set_observer([&](std::int64_t layer, const MicroBatch& batch, const Routing& r) {
-        trace->add(layer, batch, r);
-      });
-    }
+    if (options_.trace_routing_every > 0 && next % options_.trace_routing_every == 0) trace(next);
     const StepMetrics metrics = trainer_.step(sampler_, requests);
-    if (trace) trainer_.set_observer({});
+    trainer_.set_observer({});
+    trace_.reset();
     log_.write(metrics);
     if (hooks_.on_step) hooks_.on_step(metrics);
     return requests;
+  }
+
+  /// Traces the routing of the step to come.
+  void trace(std::int64_t step) {
+    const Communicator& world = trainer_.instance().world();
+    try_to_trace([&] { trace_.emplace(options_.run_dir, step, world.rank(), world.size()); });
+    trainer_.set_observer([this](std::int64_t layer, const MicroBatch& batch, const Routing& r) {
+      if (trace_) try_to_trace([&] { trace_->add(layer, batch, r); });
+    });
+  }
+
+  /// A trace that cannot be written (a full disk) is given up; training goes on.
+  template <class Fn>
+  void try_to_trace(Fn&& fn) {
+    try {
+      fn();
+    } catch (const Error& error) {
+      spdlog::warn("no more routing traces: {}; training goes on", error.what());
+      trace_.reset();
+      options_.trace_routing_every = 0;
+    }
   }
 
   bool time_is_up() const {
@@ -146,6 +164,7 @@ class Run {
   RunOptions options_;
   const RunHooks& hooks_;
   MetricsLog log_;
+  std::optional<RoutingTrace> trace_;
   std::int64_t last_save_;
   std::int64_t last_eval_;
   std::chrono::steady_clock::time_point begin_ = std::chrono::steady_clock::now();

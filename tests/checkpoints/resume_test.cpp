@@ -3,6 +3,7 @@
 
 #include <sstream>
 
+#include "checkpoints/layout.hpp"
 #include "tests/checkpoints/fixture.hpp"
 
 namespace arcus::test {
@@ -99,6 +100,46 @@ TEST(Resume, AutoFallsBackWithAWarning) {
   EXPECT_EQ(resumed_step(run.path(), "auto"), 1);
   fs::resize_file(paths[3] / "index.h5", 1000);
   EXPECT_CONTAINS(error_of([&] { resumed_step(run.path(), "auto"); }), "none of the 4 checkpoints");
+}
+
+TEST(Resume, AReplacementThatACrashCutShortIsEnded) {
+  const TemporaryFolder run;
+  const fs::path path = save_at(run.path(), 1, 2).path;
+  const fs::path fresh = path.string() + ".tmp";
+  const fs::path old = path.string() + ".old";
+  // On a file system without an exchange: killed when the old one had given up its name.
+  fs::rename(path, old);
+  EXPECT_EQ(resumed_step(run.path(), "auto"), 1);
+  EXPECT_FALSE(fs::exists(old));
+  // Killed when the new one had taken it.
+  fs::copy(path, old, fs::copy_options::recursive);
+  EXPECT_EQ(resumed_step(run.path(), "auto"), 1);
+  EXPECT_FALSE(fs::exists(old));
+  // And whole, then cleared away by the next save.
+  fs::copy(path, fresh, fs::copy_options::recursive);
+  layout::replace_folder(fresh, path, /*exchange=*/false);
+  EXPECT_TRUE(fs::exists(old));
+  EXPECT_FALSE(fs::exists(fresh));
+  save_at(run.path(), 2, 2);
+  EXPECT_FALSE(fs::exists(old));
+  EXPECT_EQ(resumed_step(run.path(), path.string()), 1);
+}
+
+TEST(Resume, OddThingsInTheFolderAreNamedOrLeftAside) {
+  const TemporaryFolder run;
+  const fs::path first = save_at(run.path(), 1, 2).path;
+  const fs::path second = save_at(run.path(), 2, 2).path;
+  // A folder where a shard should be is damage, so the one before serves.
+  fs::remove(second / "rank-00001.h5");
+  fs::create_directory(second / "rank-00001.h5");
+  EXPECT_EQ(resumed_step(run.path(), "auto"), 1);
+  fs::remove(run.path() / "checkpoints/latest");
+  fs::create_directory(run.path() / "checkpoints/latest");
+  EXPECT_EQ(resumed_step(run.path(), "auto"), 1);
+  // What cannot be read must not pass for "there are none".
+  fs::remove_all(run.path() / "checkpoints");
+  std::ofstream(run.path() / "checkpoints") << "a file";
+  EXPECT_CONTAINS(error_of([&] { resumed_step(run.path(), "auto"); }), "cannot read");
 }
 
 TEST(Resume, DamageToANamedCheckpointIsAnError) {
