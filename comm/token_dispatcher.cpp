@@ -130,10 +130,10 @@ DispatchPlan TokenDispatcher::make_plan_storage(Arena& arena) const {
 
 void TokenDispatcher::make_plan(Stream& stream, ConstTensorView expert_of_slot,
                                 std::int64_t micro_batch, PlanTag tag, DispatchPlan& plan) {
-  const std::int64_t tokens = expert_of_slot.rows, slots = options_.slots_per_token;
-  ARCUS_CHECK(tokens <= options_.max_tokens && (tokens == 0 || expert_of_slot.cols == slots),
-              "expert_of_slot is {} x {}; the dispatcher was made for {} x {}", tokens,
-              expert_of_slot.cols, options_.max_tokens, slots);
+  const std::int64_t tokens = expert_of_slot.rows, slots = expert_of_slot.cols;
+  ARCUS_CHECK(tokens <= options_.max_tokens && slots <= options_.slots_per_token,
+              "expert_of_slot is {} x {}; the dispatcher was made for {} x {}", tokens, slots,
+              options_.max_tokens, options_.slots_per_token);
   ARCUS_CHECK(tokens == 0 || micro_batch >= 0, "{} tokens of micro-batch {}", tokens, micro_batch);
   plan.num_tokens = tokens;
   plan.slots_per_token = slots;

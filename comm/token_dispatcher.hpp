@@ -11,7 +11,7 @@ namespace arcus {
 struct DispatcherOptions {
   std::int64_t num_experts = 0;
   std::int64_t max_tokens = 0;       ///< T of a full micro-batch
-  std::int64_t slots_per_token = 0;  ///< K
+  std::int64_t slots_per_token = 0;  ///< K, the most of any layer
   std::int64_t hidden_size = 0;      ///< H
   DType dtype = DType::f32;          ///< of rows; scalars have accumulate_dtype(dtype)
   std::int64_t capacity = 0;         ///< most rows per (expert, micro-batch); 0 = dropless

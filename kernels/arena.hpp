@@ -30,8 +30,7 @@ class Arena {
   template <class T>
   std::span<T> allocate_array(std::int64_t count) {
     auto view = allocate(dtype_of<T>(), 1, count);
-    return {static_cast<T*>(view.data),
-            view.data == nullptr ? 0 : static_cast<std::size_t>(count)};
+    return {static_cast<T*>(view.data), view.data == nullptr ? 0 : static_cast<std::size_t>(count)};
   }
   void* allocate_bytes(std::int64_t bytes);
 

@@ -56,10 +56,10 @@ ARCUS_DECLARE_OP(attention_forward, AttentionForward)
 
 /// P is recomputed from lse; dk and dv add query blocks in ascending order.
 struct AttentionBackward {
-  TensorView dq;              ///< layout of q
-  TensorView dk;              ///< layout of k
-  TensorView dv;              ///< [B * S, num_kv_heads * D], rows may be strided
-  ConstTensorView dout;       ///< [B * S, num_heads * D]
+  TensorView dq;         ///< layout of q
+  TensorView dk;         ///< layout of k
+  TensorView dv;         ///< [B * S, num_kv_heads * D], rows may be strided
+  ConstTensorView dout;  ///< [B * S, num_heads * D]
   ConstTensorView out, lse, q, k, v, first_key;
   AttentionShape shape;
 };
@@ -71,13 +71,13 @@ PrimitiveReport build_attention_primitives(Stream& stream, const AttentionShape&
 
 /// Decoding with a KV cache: one new position for each of B sequences, plain dot products.
 struct AttentionDecode {
-  TensorView out;             ///< [B, num_heads * D]
-  ConstTensorView q;          ///< [B, num_heads * D], rotated
-  ConstTensorView k_cache;    ///< [B * max_len, num_kv_heads * D], rotated, row b * max_len + s
-  ConstTensorView v_cache;    ///< [B * max_len, num_kv_heads * D]
-  ConstTensorView length;     ///< [1, B] i32: keys of each sequence, the new one included
+  TensorView out;           ///< [B, num_heads * D]
+  ConstTensorView q;        ///< [B, num_heads * D], rotated
+  ConstTensorView k_cache;  ///< [B * max_len, num_kv_heads * D], rotated, row b * max_len + s
+  ConstTensorView v_cache;  ///< [B * max_len, num_kv_heads * D]
+  ConstTensorView length;   ///< [1, B] i32: keys of each sequence, the new one included
   std::int64_t max_len = 0;
-  AttentionShape shape;       ///< num_seqs = B, seq_len = 1
+  AttentionShape shape;  ///< num_seqs = B, seq_len = 1
 };
 ARCUS_DECLARE_OP(attention_decode, AttentionDecode)
 

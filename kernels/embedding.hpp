@@ -6,19 +6,19 @@ namespace arcus {
 
 /// out[t] = table[ids[t]].
 struct EmbeddingForward {
-  TensorView out;        ///< [T, H] compute type
-  ConstTensorView table; ///< [V, H] compute type
-  ConstTensorView ids;   ///< [1, T] i32, 0 <= id < V
+  TensorView out;         ///< [T, H] compute type
+  ConstTensorView table;  ///< [V, H] compute type
+  ConstTensorView ids;    ///< [1, T] i32, 0 <= id < V
 };
 ARCUS_DECLARE_OP(embedding_forward, EmbeddingForward)
 
 /// Leaf per vocabulary row: its tokens' gradients added in token order in f32 (f64 for f64).
 struct EmbeddingBackward {
-  GradientSum dtable;  ///< [V, H]
-  ConstTensorView dout; ///< [T, H]
-  ConstTensorView ids;  ///< [1, T] i32
+  GradientSum dtable;    ///< [V, H]
+  ConstTensorView dout;  ///< [T, H]
+  ConstTensorView ids;   ///< [1, T] i32
   std::int64_t vocab_size = 0;
-  TensorView scratch;   ///< [1, vocab_size + 1 + T] i32
+  TensorView scratch;  ///< [1, vocab_size + 1 + T] i32
   std::int64_t micro_batch = 0;
 };
 ARCUS_DECLARE_OP(embedding_backward, EmbeddingBackward)

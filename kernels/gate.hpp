@@ -30,33 +30,6 @@ struct GateScores {
 };
 ARCUS_DECLARE_OP(gate_scores, GateScores)
 
-enum class GroupScore { top2_sum, max };
-/// topk_idx = the K largest c = s + expert_bias, descending, ties to the lower expert id, -0 = +0;
-/// with groups, inside the topk_group best groups only.
-struct SelectTopk {
-  TensorView topk_idx;          ///< [T, K] i32
-  ConstTensorView s;            ///< [T, E]
-  ConstTensorView expert_bias;  ///< [1, E] f32, or empty
-  std::int64_t n_group = 1, topk_group = 1;
-  GroupScore group_score = GroupScore::top2_sum;
-};
-ARCUS_DECLARE_OP(select_topk, SelectTopk)
-
-enum class DropPolicy { position, probs };
-/// Which assignments stay when more than `capacity` want an expert. expert_of_slot = topk_idx, or -1
-/// where dropped. demand = tokens per expert before drops.
-struct ApplyCapacity {
-  TensorView expert_of_slot;  ///< [T, K] i32
-  TensorView demand;          ///< [1, E] i64
-  TensorView scratch;         ///< [1, max(T * K, E) * 2] i64
-  ConstTensorView topk_idx;   ///< [T, K] i32
-  ConstTensorView s;          ///< [T, E]
-  std::int64_t num_experts = 0;
-  std::int64_t capacity = 0;  ///< 0 = dropless
-  DropPolicy policy = DropPolicy::position;
-};
-ARCUS_DECLARE_OP(apply_capacity, ApplyCapacity)
-
 struct CombineWeights {
   TensorView weight;               ///< [T, K]: 0 where dropped
   ConstTensorView s;               ///< [T, E]
@@ -64,39 +37,29 @@ struct CombineWeights {
   ConstTensorView expert_of_slot;  ///< [T, K] i32
   bool renormalize = false;
   bool renormalize_after_drop = false;
-  double scale = 1;                ///< routed_scaling_factor
+  double scale = 1;  ///< routed_scaling_factor
 };
 ARCUS_DECLARE_OP(combine_weights, CombineWeights)
 
-/// Numbers of one micro-batch, f64 in token order. aux = E sum_i f_i P_i without coefficient;
-/// f_i from the K largest s (unbiased, ties to the lower id) over each `tokens_per_group`
-/// consecutive tokens (T: scope micro_batch; seq_len: scope sequence, averaged T_seq-weighted).
-struct GateStatistics {
-  double* aux = nullptr;      ///< out: weighted so that coeff * T_m / sum T * aux is the loss
-  double* z_loss = nullptr;   ///< out: mean_t lse^2
-  double* entropy = nullptr;  ///< out: sum_t of -sum p ln p, p = s / sum s
-  TensorView fraction;        ///< [groups, E] A: f, kept for backward
-  TensorView scratch;         ///< [1, E * 2 + K] f64
-  ConstTensorView s, lse;
-  std::int64_t topk = 0;
-  std::int64_t tokens_per_group = 0;
-};
-ARCUS_DECLARE_OP(gate_statistics, GateStatistics)
-
-/// dz from dw (gradient of the combine weights), the aux loss and the z loss.
-struct GateBackward {
-  TensorView dz;                   ///< [T, E] A
+/// ds from dw (gradient of the combine weights). Losses on the scores add their part afterwards.
+struct CombineWeightsBackward {
+  TensorView ds;                   ///< [T, E] A
   ConstTensorView dweight;         ///< [T, K] A
-  ConstTensorView s, lse, z;
-  ConstTensorView topk_idx, expert_of_slot;
-  ConstTensorView fraction;        ///< [groups, E]
-  Score score = Score::softmax;
+  ConstTensorView s;               ///< [T, E] A
+  ConstTensorView topk_idx;        ///< [T, K] i32
+  ConstTensorView expert_of_slot;  ///< [T, K] i32
   bool renormalize = false, renormalize_after_drop = false;
   double scale = 1;
-  double aux_coeff = 0;            ///< coeff * T_m / sum T (already weighted); 0 = none
-  double z_coeff = 0;              ///< coeff_z * T_m / sum T; 0 = none
-  std::int64_t tokens_per_group = 0;
 };
-ARCUS_DECLARE_OP(gate_backward, GateBackward)
+ARCUS_DECLARE_OP(combine_weights_backward, CombineWeightsBackward)
+
+/// ds to dz in place, through the score; adds the z loss.
+struct GateScoresBackward {
+  TensorView dz;  ///< [T, E] A: ds in, dz out
+  ConstTensorView s, lse, z;
+  Score score = Score::softmax;
+  double z_coeff = 0;  ///< coeff_z * T_m / sum T; 0 = none
+};
+ARCUS_DECLARE_OP(gate_scores_backward, GateScoresBackward)
 
 }  // namespace arcus

@@ -7,6 +7,7 @@
 #include "launch/option_table.hpp"
 #include "launch/run_config.hpp"
 #include "src/base/error.hpp"
+#include "src/model/routing.hpp"
 
 namespace arcus {
 namespace {
@@ -28,13 +29,15 @@ int print_help(const CLI::App& app, const std::string& topic) {
     fmt::print("{}", app.get_formatter()->make_help(&app, "arcus", CLI::AppFormatMode::Normal));
   } else if (topic == "config") {
     fmt::print("{}", config_help());
+  } else if (topic == "routing") {
+    fmt::print("{}", combinations_table());
   } else if (topic == "exit-codes") {
     fmt::print("{}", kExitCodes);
   } else if (const CLI::App* command = find_command(app, topic)) {
     fmt::print("{}", command->help("arcus"));
   } else {
     ARCUS_FAIL(ExitCode::usage,
-               "no help on \"{}\"; topics are config, exit-codes and the commands that `arcus "
+               "no help on \"{}\"; topics are config, routing, exit-codes and the commands that `arcus "
                "--help` lists",
                topic);
   }
@@ -44,11 +47,11 @@ int print_help(const CLI::App& app, const std::string& topic) {
 }  // namespace
 
 void add_help_command(CLI::App& app, Action& action) {
-  CLI::App* command = app.add_subcommand("help", "Help on a command, on `config` or `exit-codes`");
+  CLI::App* command = app.add_subcommand("help", "Help on a command, `config`, `routing` or `exit-codes`");
   auto topic = std::make_shared<std::string>();
   command->add_option("topic", *topic,
-                      "a command, `config` (every key of a configuration file) "
-                      "or `exit-codes`");
+                      "a command, `config` (every key of a configuration file), `routing` (what goes "
+                      "with what) or `exit-codes`");
   command->footer(
       "Examples:\n"
       "  arcus help train\n"

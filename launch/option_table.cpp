@@ -10,6 +10,7 @@
 
 #include "launch/run_config.hpp"
 #include "src/base/error.hpp"
+#include "src/model/routing.hpp"
 
 namespace arcus {
 namespace {
@@ -81,6 +82,9 @@ Section array_section(std::string name, std::function<std::vector<S>&(Config&)> 
   return result;
 }
 
+constexpr double kMostSize = 1 << 24;
+constexpr double kMostCounted = 2147483647;
+
 Limits at_least(double min) { return {.min = min}; }
 Limits above(double min) { return {.min = min, .min_excluded = true}; }
 Limits between(double min, double max) { return {.min = min, .max = max}; }
@@ -93,7 +97,16 @@ Limits above_up_to(double min, double max) {
   return {.min = min, .max = max, .min_excluded = true};
 }
 Limits one_of(std::vector<std::string> choices) { return {.choices = std::move(choices)}; }
-Limits auto_or_positive() { return {.min = 0, .auto_is_zero = true}; }
+/// The names of a routing table's rows.
+template <class Table>
+std::vector<std::string> names_of(const Table& table) {
+  std::vector<std::string> names;
+  for (const auto& row : table) names.emplace_back(row.name);
+  return names;
+}
+Limits auto_or_positive() { return {.min = 0, .max = kMostCounted, .auto_is_zero = true}; }
+/// Sizes that are multiplied with each other: far above any model, far below an overflow.
+Limits size_of_at_least(double min) { return between(min, kMostSize); }
 
 Section run_section() {
   using C = RunConfig;
@@ -121,13 +134,13 @@ Section model_section() {
   return section<C>(
       "model", &Config::model, "The transformer",
       {option("vocab_size", &C::vocab_size, "token ids; \"auto\" = the data's", auto_or_positive()),
-       option("hidden_size", &C::hidden_size, "width of the residual stream", at_least(1)),
-       option("num_layers", &C::num_layers, "transformer layers", at_least(1)),
-       option("num_heads", &C::num_heads, "query heads", at_least(1)),
+       option("hidden_size", &C::hidden_size, "width of the residual stream", size_of_at_least(1)),
+       option("num_layers", &C::num_layers, "transformer layers", size_of_at_least(1)),
+       option("num_heads", &C::num_heads, "query heads", size_of_at_least(1)),
        option("num_kv_heads", &C::num_kv_heads, "key and value heads; divides num_heads",
-              at_least(1)),
+              size_of_at_least(1)),
        option("head_dim", &C::head_dim, "width of a head; 0 = hidden_size / num_heads",
-              at_least(0)),
+              size_of_at_least(0)),
        option("qk_norm", &C::qk_norm, "RMSNorm of queries and keys: per head or over all",
               one_of({"none", "head", "full"})),
        option("qkv_bias", &C::qkv_bias, "biases in the query, key and value projections"),
@@ -136,47 +149,112 @@ Section model_section() {
               "share of head_dim that is rotated", above_up_to(0, 1)),
        option("norm_eps", &C::norm_eps, "added to the mean square in RMSNorm", above(0)),
        option("first_k_dense", &C::first_k_dense,
-              "leading layers with a dense feed-forward instead of experts", at_least(0)),
+              "leading layers with a dense feed-forward instead of experts", size_of_at_least(0)),
        option("dense_ff_size", &C::dense_ff_size,
-              "width of a dense feed-forward; 0 = topk * expert_ff_size", at_least(0)),
-       option("num_experts", &C::num_experts, "experts of every MoE layer", at_least(1)),
-       option("topk", &C::topk, "experts chosen per token; at most num_experts", at_least(1)),
-       option("expert_ff_size", &C::expert_ff_size, "width of one expert", at_least(1)),
+              "width of a dense feed-forward; 0 = topk * expert_ff_size", size_of_at_least(0)),
+       option("num_experts", &C::num_experts, "experts of every MoE layer", size_of_at_least(1)),
+       option("topk", &C::topk, "experts chosen per token; at most num_experts",
+              size_of_at_least(1)),
+       option("expert_ff_size", &C::expert_ff_size, "width of one expert", size_of_at_least(1)),
        option("num_shared_experts", &C::num_shared_experts, "experts that see every token",
-              at_least(0)),
+              size_of_at_least(0)),
        option("shared_expert_gate", &C::shared_expert_gate,
               "a sigmoid gate on the shared experts' output"),
        option("tie_embeddings", &C::tie_embeddings, "one matrix serves embedding and head")});
 }
 
-Section routing_section() {
+std::vector<Option> routing_options() {
   using C = RoutingConfig;
-  return section<C>(
-      "routing", &Config::routing, "How tokens choose experts",
-      {option("score", &C::score, "how gate logits become scores"),
-       option("select", &C::select, "how scores become choices"),
-       option("renormalize", &C::renormalize,
-              "a token's weights sum to routed_scaling_factor; needs topk > 1"),
-       option("gate_bias", &C::gate_bias, "a learned bias in the gate"),
-       option("routed_scaling_factor", &C::routed_scaling_factor,
-              "factor on the routed experts' weights", above(0)),
-       option("capacity_factor", &C::capacity_factor,
-              "rows an expert takes per micro-batch, in units of K T / E; 0 = dropless",
-              at_least(0)),
-       option("min_capacity", &C::min_capacity, "least capacity in rows", at_least(0)),
-       option("eval_capacity_factor", &C::eval_capacity_factor,
-              "capacity_factor in evaluation; 0 = dropless", at_least(0)),
-       option("drop_policy", &C::drop_policy,
-              "who stays when too many want an expert: the earlier tokens or the higher scores",
-              one_of({"position", "probs"})),
-       option("renormalize_after_drop", &C::renormalize_after_drop,
-              "weights sum to one over the experts that kept the token; needs renormalize"),
-       option("aux_loss", &C::aux_loss, "coefficient of the load-balancing loss; 0 = off",
-              at_least(0)),
-       option("aux_scope", &C::aux_scope, "over what the load-balancing loss is taken",
-              one_of({"micro_batch", "sequence"})),
-       option("z_loss", &C::z_loss, "coefficient of the loss on large gate logits; 0 = off",
-              at_least(0))});
+  return {
+      option("score", &C::score, "how gate logits become scores", one_of(names_of(score_table()))),
+      option("select", &C::select, "how scores become choices", one_of(names_of(select_table()))),
+      option("renormalize", &C::renormalize,
+             "a token's weights sum to routed_scaling_factor; needs topk > 1"),
+      option("gate_bias", &C::gate_bias, "a learned bias in the gate"),
+      option("routed_scaling_factor", &C::routed_scaling_factor,
+             "factor on the routed experts' weights", above(0)),
+      option("n_group", &C::n_group, "groups of experts, of which a token uses some", at_least(1)),
+      option("topk_group", &C::topk_group, "groups a token uses; below n_group", at_least(1)),
+      option("group_score", &C::group_score,
+             "what a group is chosen by: its two largest scores, or its largest",
+             one_of({"top2_sum", "max"})),
+      option("capacity_factor", &C::capacity_factor,
+             "rows an expert takes per micro-batch, in units of K T / E; 0 = dropless",
+             at_least(0)),
+      option("min_capacity", &C::min_capacity, "least capacity in rows", at_least(0)),
+      option("eval_capacity_factor", &C::eval_capacity_factor,
+             "capacity_factor in evaluation; 0 = dropless", at_least(0)),
+      option("drop_policy", &C::drop_policy,
+             "who stays when too many want an expert: the earlier tokens or the higher scores",
+             one_of({"position", "probs"})),
+      option("renormalize_after_drop", &C::renormalize_after_drop,
+             "weights sum to one over the experts that kept the token; needs renormalize"),
+      option("aux_loss", &C::aux_loss, "coefficient of the load-balancing loss; 0 = off",
+             at_least(0)),
+      option("aux_scope", &C::aux_scope, "over what the load-balancing loss is taken",
+             one_of({"micro_batch", "sequence", "global"})),
+      option("aux_loss_sequence", &C::aux_loss_sequence,
+             "beside aux_loss: the same over every sequence", at_least(0)),
+      option("aux_loss_global", &C::aux_loss_global,
+             "beside aux_loss: the same with the fractions of the step before", at_least(0)),
+      option("z_loss", &C::z_loss, "coefficient of the loss on large gate logits; 0 = off",
+             at_least(0)),
+      option("importance_loss", &C::importance_loss,
+             "coefficient of the squared variation of the experts' summed weights", at_least(0)),
+      option("load_loss", &C::load_loss,
+             "coefficient of the squared variation of the experts' chances; needs noise",
+             at_least(0)),
+      option("expert_bias_rate", &C::expert_bias_rate,
+             "step of the bias that evens out the experts without a loss; 0 = off", at_least(0)),
+      option("center_bias", &C::center_bias, "keep the mean of that bias at 0"),
+      option("jitter", &C::jitter, "in training the gate's input times U(1 - jitter, 1 + jitter)",
+             from_to_below(0, 1)),
+      option("noise", &C::noise, "in training learned normal noise on the logits, times this",
+             at_least(0)),
+      option("sinkhorn_iterations", &C::sinkhorn_iterations, "rounds of balancing of \"sinkhorn\"",
+             at_least(1))};
+}
+
+Section routing_section() {
+  return section<RoutingConfig>("routing", &Config::routing, "How tokens choose experts",
+                                routing_options());
+}
+
+/// A key of [routing] in a row that gives some of them.
+Option overridable(const Option& of_routing) {
+  Option result = of_routing;
+  const std::string name = of_routing.name;
+  result.get = [get = of_routing.get](const void* row) {
+    return get(&static_cast<const RoutingOverrideRow*>(row)->routing);
+  };
+  result.set = [set = of_routing.set, name](void* row, const Value& value) {
+    auto* typed = static_cast<RoutingOverrideRow*>(row);
+    set(&typed->routing, value);
+    typed->given.insert(name);
+  };
+  result.given = [name](const void* row) {
+    return static_cast<const RoutingOverrideRow*>(row)->given.contains(name);
+  };
+  return result;
+}
+
+Section override_section() {
+  using C = RoutingOverrideRow;
+  Option topk = option("topk", &C::topk, "experts chosen per token", at_least(1));
+  topk.set = [set = topk.set](void* row, const Value& value) {
+    set(row, value);
+    static_cast<C*>(row)->given.insert("topk");
+  };
+  topk.given = [](const void* row) { return static_cast<const C*>(row)->given.contains("topk"); };
+  std::vector<Option> options{
+      option("layers", &C::layers, "which layers, e.g. \"4-7\": 0-based, dense ones counted"),
+      topk};
+  for (const Option& of_routing : routing_options()) options.push_back(overridable(of_routing));
+  return array_section<C>(
+      "routing.override", [](Config& c) -> std::vector<C>& { return c.routing_overrides; },
+      "Layers that route in another way; keys that are not given are those of [model] and "
+      "[routing]",
+      std::move(options));
 }
 
 Section train_section() {
@@ -184,12 +262,12 @@ Section train_section() {
   return section<C>(
       "train", &Config::train, "Steps, batches, optimizer",
       {option("steps", &C::steps, "optimizer steps of the whole run", at_least(1)),
-       option("seq_len", &C::seq_len, "tokens of a sequence", at_least(1)),
+       option("seq_len", &C::seq_len, "tokens of a sequence", size_of_at_least(1)),
        option("micro_batch_seqs", &C::micro_batch_seqs,
               "sequences of a micro-batch, the unit that routing and sums are defined on",
-              at_least(1)),
+              size_of_at_least(1)),
        option("global_batch_seqs", &C::global_batch_seqs,
-              "sequences of a step; a multiple of micro_batch_seqs", at_least(1)),
+              "sequences of a step; a multiple of micro_batch_seqs", size_of_at_least(1)),
        option("lr", &C::lr, "peak learning rate", above(0)),
        option("min_lr_ratio", &C::min_lr_ratio, "the schedule ends at lr * min_lr_ratio",
               between(0, 1)),
@@ -235,8 +313,9 @@ Section domain_section() {
       "data.domain", [](Config& c) -> std::vector<C>& { return c.data.domains; },
       "Domains to train on; none given: all of them, weighted by their tokens",
       {option("name", &C::name, "a domain of the prepared data"),
-       option("weight", &C::weight, "share of the samples, relative to the other weights",
-              above(0))});
+       option("weight", &C::weight,
+              "share of the samples, relative to the other weights; 0 = not trained on",
+              at_least(0))});
 }
 
 Section parallel_section() {
@@ -325,8 +404,9 @@ const Option* Section::find(const std::string& option) const {
 
 const std::vector<Section>& option_table() {
   static const std::vector<Section> table = {
-      run_section(),  model_section(),  routing_section(),  train_section(), group_section(),
-      data_section(), domain_section(), parallel_section(), eval_section(),  checkpoint_section()};
+      run_section(),      model_section(), routing_section(),   override_section(),
+      train_section(),    group_section(), data_section(),      domain_section(),
+      parallel_section(), eval_section(),  checkpoint_section()};
   return table;
 }
 

@@ -36,6 +36,10 @@ struct Option {
   /// Of the struct that the section's row points to.
   std::function<Value(const void*)> get;
   std::function<void(void*, const Value&)> set;
+  /// Whether a row gives the key at all; null: every row does.
+  std::function<bool(const void*)> given;
+
+  bool is_given(const void* row) const { return !given || given(row); }
 };
 
 /// One [section], or one [[section]] whose rows sit in an array.

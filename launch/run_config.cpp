@@ -5,6 +5,7 @@
 
 #include <toml++/toml.h>
 #include <algorithm>
+#include <charconv>
 #include <fstream>
 #include <optional>
 #include <sstream>
@@ -312,9 +313,14 @@ std::string trimmed(const std::string& text) {
   return text.substr(begin, text.find_last_not_of(" \t\n") - begin + 1);
 }
 
+std::string shown(const Option& option, const void* row) {
+  return option.is_given(row) ? to_toml_text(option, option.get(row)) : "not given";
+}
+
 void print_row(std::string& text, const Section& section, const void* row) {
   text += fmt::format("{}{}\n", text.empty() ? "" : "\n", bracketed(section));
   for (const Option& option : section.options) {
+    if (!option.is_given(row)) continue;
     text += fmt::format("{} = {}\n", option.name, to_toml_text(option, option.get(row)));
   }
 }
@@ -398,7 +404,8 @@ std::string changed_from_defaults(const Config& config) {
           section.is_array ? fmt::format("{}.{}", section.name, row_idx++) : section.name;
       for (const Option& option : section.options) {
         const Value value = option.get(row);
-        if (value == option.get(section.defaults.get())) continue;
+        const bool is_default = !option.given && value == option.get(section.defaults.get());
+        if (is_default || !option.is_given(row)) continue;
         text += fmt::format("{}.{} = {}\n", prefix, option.name, to_toml_text(option, value));
       }
     }
@@ -421,8 +428,8 @@ std::string differences(const Config& before, const Config& after) {
       const std::string prefix =
           section.is_array ? fmt::format("{}.{}", section.name, i) : section.name;
       for (const Option& option : section.options) {
-        const std::string value_a = to_toml_text(option, option.get(rows_a[i]));
-        const std::string value_b = to_toml_text(option, option.get(rows_b[i]));
+        const std::string value_a = shown(option, rows_a[i]);
+        const std::string value_b = shown(option, rows_b[i]);
         if (value_a == value_b) continue;
         text += fmt::format("{}.{}: {} -> {}\n", prefix, option.name, value_a, value_b);
       }
@@ -446,6 +453,42 @@ std::string config_help() {
     }
   }
   return text;
+}
+
+namespace {
+
+/// "4-7" or "4".
+std::pair<std::int64_t, std::int64_t> parse_layers(const std::string& text) {
+  std::int64_t first = -1;
+  std::int64_t last = -1;
+  const char* const end = text.data() + text.size();
+  auto parsed = std::from_chars(text.data(), end, first);
+  last = first;
+  if (parsed.ec == std::errc() && parsed.ptr != end && *parsed.ptr == '-') {
+    parsed = std::from_chars(parsed.ptr + 1, end, last);
+  }
+  ARCUS_REQUIRE(parsed.ec == std::errc() && parsed.ptr == end && first >= 0, ExitCode::usage,
+                "routing.override.layers is \"{}\"; it must be a layer or a range such as \"4-7\"",
+                text);
+  return {first, last};
+}
+
+}  // namespace
+
+std::vector<RoutingOverride> resolve_overrides(const Config& config) {
+  std::vector<RoutingOverride> overrides;
+  const Section& routing = *find_section("routing");
+  for (const RoutingOverrideRow& row : config.routing_overrides) {
+    const auto [first, last] = parse_layers(row.layers);
+    RoutingOverride result{first, last, {config.model.topk, config.routing}};
+    for (const Option& option : routing.options) {
+      if (row.given.contains(option.name))
+        option.set(&result.with.routing, option.get(&row.routing));
+    }
+    if (row.given.contains("topk")) result.with.topk = row.topk;
+    overrides.push_back(std::move(result));
+  }
+  return overrides;
 }
 
 }  // namespace arcus

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <set>
 #include <span>
 #include <string>
 #include <string_view>
@@ -14,11 +15,21 @@
 
 namespace arcus {
 
+/// A row of [[routing.override]]: the keys of [routing], and topk, that other layers than the rest
+/// use. Keys that are not given keep the model's values.
+struct RoutingOverrideRow {
+  std::string layers;  ///< "4-7" or "4"; 0-based, inclusive, dense layers counted
+  std::int64_t topk = 1;
+  RoutingConfig routing;
+  std::set<std::string> given;  ///< keys other than `layers`
+};
+
 /// The configuration of a run. Each folder owns its struct; option_table() lists the keys.
 struct Config {
   RunConfig run;
   ModelConfig model;
   RoutingConfig routing;
+  std::vector<RoutingOverrideRow> routing_overrides;
   TrainConfig train;
   std::vector<ParamGroupConfig> groups;
   DataConfig data;
@@ -45,6 +56,10 @@ std::string changed_from_defaults(const Config& config);
 std::string differences(const Config& before, const Config& after);
 /// Every key with its default, meaning and allowed values; itself a valid configuration file.
 std::string config_help();
+
+/// The rows of [[routing.override]] on top of [model] and [routing]. Throws (usage) where `layers`
+/// is no range of numbers.
+std::vector<RoutingOverride> resolve_overrides(const Config& config);
 
 /// Cross-field rules. Throws (usage) naming the fields, their values and a value that would do.
 /// Rules that need the data or the number of ranks are checked where those are known.

@@ -29,6 +29,7 @@ void forget_layout(Config& config) {
 TrainerOptions trainer_options(const Config& config, const ModelConfig& model) {
   return {.model = model,
           .routing = config.routing,
+          .overrides = resolve_overrides(config),
           .train = config.train,
           .groups = config.groups,
           .seed = config.run.seed,

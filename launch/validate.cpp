@@ -35,6 +35,30 @@ void validate_domains(const std::vector<DomainConfig>& domains) {
   }
 }
 
+/// Keeps every product of sizes far from an overflow.
+void validate_sizes(const Config& config) {
+  const ModelConfig& m = config.model;
+  const auto d = [](std::int64_t n) { return static_cast<double>(n); };
+  const double head_dim = m.head_dim > 0 ? d(m.head_dim) : d(m.hidden_size) / d(m.num_heads);
+  const double attention = d(m.hidden_size) * head_dim * 2 * (d(m.num_heads) + d(m.num_kv_heads));
+  const double experts =
+      3 * d(m.hidden_size) * d(m.expert_ff_size) * (d(m.num_experts) + d(m.num_shared_experts));
+  const double parameters =
+      d(m.vocab_size) * d(m.hidden_size) + d(m.num_layers) * (attention + experts);
+  constexpr double kMostParameters = 1e15;
+  ARCUS_REQUIRE(parameters < kMostParameters, ExitCode::usage,
+                "the model would have {:.1e} parameters; lower model.hidden_size ({}), "
+                "model.num_layers ({}), model.num_experts ({}), model.expert_ff_size ({}) or "
+                "model.vocab_size ({})",
+                parameters, m.hidden_size, m.num_layers, m.num_experts, m.expert_ff_size,
+                m.vocab_size);
+  const double slots = d(config.train.seq_len) * d(config.train.micro_batch_seqs) * d(m.topk);
+  ARCUS_REQUIRE(slots < 2147483648.0, ExitCode::usage,
+                "a micro-batch would have {:.1e} assignments of tokens to experts, more than 2^31; "
+                "lower train.micro_batch_seqs ({}), train.seq_len ({}) or model.topk ({})",
+                slots, config.train.micro_batch_seqs, config.train.seq_len, m.topk);
+}
+
 void validate_capacity(const Config& config) {
   const std::int64_t tokens = config.train.seq_len * config.train.micro_batch_seqs;
   ARCUS_REQUIRE(
@@ -49,9 +73,11 @@ void validate_capacity(const Config& config) {
 
 void validate(const Config& config) {
   validate(config.model, config.routing);
+  validate(config.model, resolve_overrides(config));
   validate(config.train);
   validate_groups(config.groups);
   validate_domains(config.data.domains);
+  validate_sizes(config);
   validate_capacity(config);
 }
 

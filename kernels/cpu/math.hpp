@@ -45,4 +45,10 @@ inline A sigmoid(A x) {
   return x >= A(0) ? s : e * s;
 }
 
+/// ln(1 + e^x) without overflow on either side.
+template <class A>
+inline A softplus(A x) {
+  return (x > A(0) ? x : A(0)) + std::log1p(exp(-std::abs(x)));
+}
+
 }  // namespace arcus::cpu

@@ -64,4 +64,29 @@ inline void select_largest(std::int64_t n, std::int64_t count, Value&& value, Al
   }
 }
 
+/// A place in the order of select_largest.
+template <class A>
+struct Rank {
+  A value;
+  std::int64_t i;
+  /// True for what stands there or before it.
+  bool covers(A other, std::int64_t other_i) const {
+    const A v = ordered(other);
+    return v > value || (v == value && other_i <= i);
+  }
+};
+
+/// The `count`-th of value(0..n-1), 1 <= count <= n.
+template <class Value>
+inline auto nth_largest(std::int64_t n, std::int64_t count, Value&& value) {
+  using A = decltype(ordered(value(std::int64_t{0})));
+  Rank<A> nth{};
+  select_largest(
+      n, count, value, [](std::int64_t) { return true; },
+      [&](std::int64_t rank, std::int64_t i) {
+        if (rank + 1 == count) nth = {ordered(value(i)), i};
+      });
+  return nth;
+}
+
 }  // namespace arcus::cpu

@@ -9,7 +9,11 @@
 
 namespace arcus {
 
-std::array<std::uint32_t, 4> philox4x32(std::array<std::uint32_t, 4> counter, std::uint64_t key) {
+namespace {
+
+/// Inlined, so that a loop over calls vectorises.
+[[gnu::always_inline]] inline std::array<std::uint32_t, 4> philox(
+    std::array<std::uint32_t, 4> counter, std::uint64_t key) {
   auto k0 = static_cast<std::uint32_t>(key);
   auto k1 = static_cast<std::uint32_t>(key >> 32);
   for (int round = 0; round < 10; ++round) {
@@ -24,6 +28,21 @@ std::array<std::uint32_t, 4> philox4x32(std::array<std::uint32_t, 4> counter, st
   return counter;
 }
 
+/// Counter of call (high, low).
+inline std::array<std::uint32_t, 4> counter_of(std::uint64_t high, std::uint64_t low) {
+  return {static_cast<std::uint32_t>(low), static_cast<std::uint32_t>(low >> 32),
+          static_cast<std::uint32_t>(high), static_cast<std::uint32_t>(high >> 32)};
+}
+
+/// In [0, 1): the upper 24 bits, so that the product is exact.
+inline float unit_interval(std::uint32_t word) { return static_cast<float>(word >> 8) * 0x1p-24F; }
+
+}  // namespace
+
+std::array<std::uint32_t, 4> philox4x32(std::array<std::uint32_t, 4> counter, std::uint64_t key) {
+  return philox(counter, key);
+}
+
 Rng::Rng(std::uint64_t seed, std::string_view purpose, std::string_view name) {
   StreamHash hash;
   const char separator = 0;
@@ -35,17 +54,21 @@ Rng::Rng(std::uint64_t seed, std::string_view purpose, std::string_view name) {
 }
 
 std::array<std::uint32_t, 4> Rng::words(std::uint64_t high, std::uint64_t low) const {
-  return philox4x32({static_cast<std::uint32_t>(low), static_cast<std::uint32_t>(low >> 32),
-                     static_cast<std::uint32_t>(high), static_cast<std::uint32_t>(high >> 32)},
-                    key_);
+  return philox(counter_of(high, low), key_);
 }
 
 float Rng::uniform(std::uint64_t high, std::uint64_t low) const {
-  return static_cast<float>(words(high, low)[0] >> 8) * 0x1p-24F;
+  return unit_interval(words(high, low)[0]);
 }
 
-std::array<float, 4> Rng::normals(std::uint64_t call) const {
-  const auto w = words(0, call);
+void Rng::uniforms(std::uint64_t high, std::uint64_t low, std::span<float> out) const {
+  for (std::size_t i = 0; i < out.size(); ++i) {
+    out[i] = unit_interval(philox(counter_of(high, low + i), key_)[0]);
+  }
+}
+
+std::array<float, 4> Rng::normals(std::uint64_t high, std::uint64_t call) const {
+  const auto w = words(high, call);
   std::array<float, 4> result{};
   for (std::size_t pair = 0; pair < 4; pair += 2) {
     // (0, 1] so that the logarithm is finite.
@@ -58,7 +81,9 @@ std::array<float, 4> Rng::normals(std::uint64_t call) const {
   return result;
 }
 
-float Rng::normal(std::uint64_t element) const { return normals(element / 4)[element % 4]; }
+float Rng::normal(std::uint64_t high, std::uint64_t element) const {
+  return normals(high, element / 4)[element % 4];
+}
 
 KeyedPermutation::KeyedPermutation(std::uint64_t size, std::uint64_t key) : size_(size), key_(key) {
   ARCUS_CHECK(size > 0, "a permutation needs at least one element");

@@ -2,6 +2,7 @@
 
 #include <array>
 #include <cstdint>
+#include <span>
 #include <string_view>
 
 namespace arcus {
@@ -20,11 +21,15 @@ class Rng {
   std::array<std::uint32_t, 4> words(std::uint64_t high, std::uint64_t low) const;
   /// In [0, 1), 24 bits, word 0 of call (high, low).
   float uniform(std::uint64_t high, std::uint64_t low) const;
-  /// Standard normal number `element`: number element mod 4 of call (0, element div 4),
-  /// Box-Muller on words (0, 1) and (2, 3).
-  float normal(std::uint64_t element) const;
-  /// The four normals of call (0, call).
-  std::array<float, 4> normals(std::uint64_t call) const;
+  /// out[i] = uniform(high, low + i).
+  void uniforms(std::uint64_t high, std::uint64_t low, std::span<float> out) const;
+  /// Standard normal number `element` of call space `high`: number element mod 4 of call (high,
+  /// element div 4), Box-Muller on words (0, 1) and (2, 3).
+  float normal(std::uint64_t high, std::uint64_t element) const;
+  float normal(std::uint64_t element) const { return normal(0, element); }
+  /// The four normals of call (high, call).
+  std::array<float, 4> normals(std::uint64_t high, std::uint64_t call) const;
+  std::array<float, 4> normals(std::uint64_t call) const { return normals(0, call); }
   std::uint64_t key() const { return key_; }
 
  private:

@@ -71,7 +71,7 @@ void Block::count_round(Arena& saved, Arena& scratch, std::int64_t num_tokens, s
     moe_->allocate_backward_scratch(scratch, num_tokens, rows, padded, compute);
   }
   if (moe_ && !training) scratch.allocate(acc, tokens, 2 * h + 64);
-  scratch.allocate(DType::i64, 2, num_tokens * model_.topk + model_.num_experts + 64);
+  if (moe_) moe_->allocate_forward_scratch(scratch, num_tokens, compute);
   scratch.allocate_bytes(1 << 14);
 }
 

@@ -45,6 +45,8 @@ class Block {
   std::vector<GemmShape> gemm_shapes(std::int64_t max_tokens, std::int64_t max_segment_rows,
                                      DType compute, bool training) const;
   const AttentionLayer& attention() const { return attention_; }
+  /// Experts that a token may go to; 0 for a dense layer.
+  std::int64_t num_slots() const { return moe_ ? moe_->num_slots() : 0; }
 
  private:
   void feed_forward(PassContext& ctx, const ParamStore& params, TokenDispatcher& dispatcher,

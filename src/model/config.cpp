@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
+#include <utility>
 
 #include "src/base/error.hpp"
 #include "src/model/routing.hpp"
@@ -55,13 +57,39 @@ void validate_experts(const ModelConfig& m) {
                 "turn the gate off");
 }
 
-void validate_routing(const ModelConfig& m, const RoutingConfig& r) {
-  find_score(r.score);
-  find_select(r.select);
-  ARCUS_REQUIRE(
-      !(m.topk == 1 && r.renormalize), ExitCode::usage,
-      "routing.renormalize with model.topk = 1 makes every weight 1, so the gate would not "
-      "learn; set routing.renormalize to false");
+void validate_groups(const ModelConfig& m, const RoutingConfig& r) {
+  ARCUS_REQUIRE(r.group_score == "top2_sum" || r.group_score == "max", ExitCode::usage,
+                "routing.group_score is \"{}\"; it must be \"top2_sum\" or \"max\"", r.group_score);
+  ARCUS_REQUIRE(r.n_group >= 1 && r.topk_group >= 1, ExitCode::usage,
+                "routing.n_group ({}) and routing.topk_group ({}) must be at least 1", r.n_group,
+                r.topk_group);
+  if (r.n_group == 1) {
+    ARCUS_REQUIRE(r.topk_group == 1, ExitCode::usage,
+                  "routing.topk_group ({}) needs groups; set routing.n_group to more than that, or "
+                  "topk_group to 1",
+                  r.topk_group);
+    return;
+  }
+  ARCUS_REQUIRE(m.num_experts % r.n_group == 0, ExitCode::usage,
+                "routing.n_group ({}) must divide model.num_experts ({}); set it to {}", r.n_group,
+                m.num_experts, std::gcd(r.n_group, m.num_experts));
+  ARCUS_REQUIRE(r.topk_group < r.n_group, ExitCode::usage,
+                "routing.topk_group ({}) must be smaller than routing.n_group ({}); set topk_group "
+                "to {}",
+                r.topk_group, r.n_group, r.n_group - 1);
+  const std::int64_t width = m.num_experts / r.n_group;
+  ARCUS_REQUIRE(m.topk <= r.topk_group * width, ExitCode::usage,
+                "model.topk ({}) exceeds the {} experts that routing.topk_group ({}) groups of {} "
+                "hold; set topk to {} or topk_group to {}",
+                m.topk, r.topk_group * width, r.topk_group, width, r.topk_group * width,
+                (m.topk + width - 1) / width);
+  ARCUS_REQUIRE(width > 1 || r.group_score == "max", ExitCode::usage,
+                "routing.group_score \"top2_sum\" needs groups of two experts or more, but "
+                "routing.n_group ({}) leaves {}; set group_score to \"max\" or n_group to {}",
+                r.n_group, width, m.num_experts / 2);
+}
+
+void validate_capacity(const RoutingConfig& r) {
   ARCUS_REQUIRE(r.drop_policy == "position" || r.drop_policy == "probs", ExitCode::usage,
                 "routing.drop_policy is \"{}\"; it must be \"position\" or \"probs\"",
                 r.drop_policy);
@@ -75,15 +103,52 @@ void validate_routing(const ModelConfig& m, const RoutingConfig& r) {
                 "routing.min_capacity is {}; it must not be negative", r.min_capacity);
   ARCUS_REQUIRE(!r.renormalize_after_drop || r.renormalize, ExitCode::usage,
                 "routing.renormalize_after_drop needs routing.renormalize; set it to true");
-  ARCUS_REQUIRE(r.aux_scope == "micro_batch" || r.aux_scope == "sequence", ExitCode::usage,
-                "routing.aux_scope is \"{}\"; it must be \"micro_batch\" or \"sequence\"",
-                r.aux_scope);
-  ARCUS_REQUIRE(r.aux_loss >= 0 && r.z_loss >= 0, ExitCode::usage,
-                "routing.aux_loss ({}) and routing.z_loss ({}) must not be negative", r.aux_loss,
-                r.z_loss);
+}
+
+void validate_losses(const ModelConfig& m, const RoutingConfig& r) {
+  ARCUS_REQUIRE(
+      r.aux_scope == "micro_batch" || r.aux_scope == "sequence" || r.aux_scope == "global",
+      ExitCode::usage,
+      "routing.aux_scope is \"{}\"; it must be \"micro_batch\", \"sequence\" or \"global\"",
+      r.aux_scope);
+  for (const auto& [name, value] :
+       {std::pair{"aux_loss", r.aux_loss}, std::pair{"aux_loss_sequence", r.aux_loss_sequence},
+        std::pair{"aux_loss_global", r.aux_loss_global}, std::pair{"z_loss", r.z_loss},
+        std::pair{"importance_loss", r.importance_loss}, std::pair{"load_loss", r.load_loss},
+        std::pair{"expert_bias_rate", r.expert_bias_rate}, std::pair{"noise", r.noise}}) {
+    ARCUS_REQUIRE(value >= 0, ExitCode::usage, "routing.{} is {}; it must not be negative", name,
+                  value);
+  }
+  ARCUS_REQUIRE(r.jitter >= 0 && r.jitter < 1, ExitCode::usage,
+                "routing.jitter is {}; it must be at least 0 and below 1", r.jitter);
+  ARCUS_REQUIRE(r.sinkhorn_iterations >= 1, ExitCode::usage,
+                "routing.sinkhorn_iterations is {}; it must be at least 1", r.sinkhorn_iterations);
+  ARCUS_REQUIRE(r.load_loss == 0 || r.noise > 0, ExitCode::usage,
+                "routing.load_loss ({}) counts chances under noise; set routing.noise to 1, or "
+                "load_loss to 0",
+                r.load_loss);
+  ARCUS_REQUIRE(r.load_loss == 0 || m.topk < m.num_experts, ExitCode::usage,
+                "routing.load_loss ({}) needs model.topk ({}) below model.num_experts ({}); set "
+                "load_loss to 0",
+                r.load_loss, m.topk, m.num_experts);
+  ARCUS_REQUIRE(!r.center_bias || r.expert_bias_rate > 0, ExitCode::usage,
+                "routing.center_bias needs routing.expert_bias_rate above 0; set it to 0.001");
+}
+
+void validate_routing(const ModelConfig& m, const RoutingConfig& r) {
+  find_score(r.score);
+  find_select(r.select);
+  ARCUS_REQUIRE(
+      !(m.topk == 1 && r.renormalize), ExitCode::usage,
+      "routing.renormalize with model.topk = 1 makes every weight 1, so the gate would not "
+      "learn; set routing.renormalize to false");
   ARCUS_REQUIRE(r.routed_scaling_factor > 0, ExitCode::usage,
                 "routing.routed_scaling_factor is {}; it must be positive",
                 r.routed_scaling_factor);
+  validate_groups(m, r);
+  validate_capacity(r);
+  validate_losses(m, r);
+  validate_combination(m, r);
 }
 
 }  // namespace
@@ -101,6 +166,56 @@ void validate(const ModelConfig& m, const RoutingConfig& r) {
   validate_attention(m);
   validate_experts(m);
   validate_routing(m, r);
+}
+
+void validate(const ModelConfig& model, const std::vector<RoutingOverride>& overrides) {
+  std::vector<bool> named(static_cast<std::size_t>(model.num_layers));
+  for (const RoutingOverride& o : overrides) {
+    const std::string layers = o.first_layer == o.last_layer
+                                   ? fmt::format("{}", o.first_layer)
+                                   : fmt::format("{}-{}", o.first_layer, o.last_layer);
+    ARCUS_REQUIRE(o.first_layer >= model.first_k_dense && o.first_layer <= o.last_layer &&
+                      o.last_layer < model.num_layers,
+                  ExitCode::usage,
+                  "routing.override: layers \"{}\" are not all MoE layers; those are {}-{} "
+                  "(model.first_k_dense, model.num_layers - 1)",
+                  layers, model.first_k_dense, model.num_layers - 1);
+    for (std::int64_t l = o.first_layer; l <= o.last_layer; ++l) {
+      ARCUS_REQUIRE(!named[static_cast<std::size_t>(l)], ExitCode::usage,
+                    "routing.override: layer {} is named twice; put its keys into one row", l);
+      named[static_cast<std::size_t>(l)] = true;
+    }
+    ModelConfig own = model;
+    own.topk = o.with.topk;
+    try {
+      validate(own, o.with.routing);
+    } catch (const Error& error) {
+      throw Error(error.code(), fmt::format("in layers {}: {}", layers, error.what()), error.file(),
+                  error.line());
+    }
+  }
+}
+
+LayerRouting routing_of_layer(const ModelConfig& model, const RoutingConfig& routing,
+                              const std::vector<RoutingOverride>& overrides, std::int64_t layer) {
+  for (const RoutingOverride& o : overrides) {
+    if (layer >= o.first_layer && layer <= o.last_layer) return o.with;
+  }
+  return {model.topk, routing};
+}
+
+double aux_coefficient(const RoutingConfig& routing, AuxScope scope) {
+  const char* const name = scope == AuxScope::sequence ? "sequence"
+                           : scope == AuxScope::global ? "global"
+                                                       : "micro_batch";
+  const double own = scope == AuxScope::sequence ? routing.aux_loss_sequence
+                     : scope == AuxScope::global ? routing.aux_loss_global
+                                                 : 0;
+  return own + (routing.aux_scope == name ? routing.aux_loss : 0);
+}
+
+std::int64_t num_slots(const ModelConfig& model, const RoutingConfig& routing) {
+  return find_select(routing.select).all_experts ? model.num_experts : model.topk;
 }
 
 ModelConfig resolve(ModelConfig model, std::int64_t data_vocab_size) {

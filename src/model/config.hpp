@@ -4,8 +4,6 @@
 #include <string>
 #include <vector>
 
-#include "kernels/gate.hpp"
-
 namespace arcus {
 
 /// Keys of [model]. Names and layouts of the parameters are Hugging Face's (glm4_moe spelling).
@@ -31,26 +29,63 @@ struct ModelConfig {
   bool tie_embeddings = false;
 };
 
-/// Keys of [routing]: score x select x balance as orthogonal choices, plus capacity.
+/// Keys of [routing]: score x select x balance as orthogonal choices, plus noise, groups and
+/// capacity. ROUTING.md defines what they compute.
 struct RoutingConfig {
   std::string score = "softmax";  ///< a row of the score table
   std::string select = "topk";    ///< a row of the select table
   bool renormalize = true;
   bool gate_bias = false;
   double routed_scaling_factor = 1;
-  double capacity_factor = 0;  ///< 0 = dropless
+  std::int64_t n_group = 1;
+  std::int64_t topk_group = 1;
+  std::string group_score = "top2_sum";  ///< "top2_sum" | "max"
+  double capacity_factor = 0;            ///< 0 = dropless
   std::int64_t min_capacity = 0;
   double eval_capacity_factor = 0;       ///< 0 = dropless
   std::string drop_policy = "position";  ///< "position" | "probs"
   bool renormalize_after_drop = false;
-  double aux_loss = 0.01;  ///< coefficient; 0 = off
-  std::string aux_scope = "micro_batch";
-  double z_loss = 0;  ///< coefficient; 0 = off
+  double aux_loss = 0.01;                 ///< coefficient; 0 = off
+  std::string aux_scope = "micro_batch";  ///< of aux_loss: "micro_batch" | "sequence" | "global"
+  double aux_loss_sequence = 0;           ///< coefficients beside aux_loss
+  double aux_loss_global = 0;
+  double z_loss = 0;
+  double importance_loss = 0;
+  double load_loss = 0;
+  double expert_bias_rate = 0;
+  bool center_bias = false;
+  double jitter = 0;
+  double noise = 0;
+  std::int64_t sinkhorn_iterations = 8;
 };
+
+/// How one layer routes.
+struct LayerRouting {
+  std::int64_t topk = 0;
+  RoutingConfig routing;
+};
+/// Layers first..last (dense ones counted) that route in another way than the rest.
+struct RoutingOverride {
+  std::int64_t first_layer = 0;
+  std::int64_t last_layer = 0;
+  LayerRouting with;
+};
+/// The routing of one layer: that of the override which names it, else the model's.
+LayerRouting routing_of_layer(const ModelConfig& model, const RoutingConfig& routing,
+                              const std::vector<RoutingOverride>& overrides, std::int64_t layer);
+
+/// Over which tokens the aux loss takes its fractions.
+enum class AuxScope { micro_batch, sequence, global };
+/// Its coefficient: aux_loss where that is aux_scope, and the scope's own key.
+double aux_coefficient(const RoutingConfig& routing, AuxScope scope);
+/// Slots per token: topk, or num_experts where every expert may take every token.
+std::int64_t num_slots(const ModelConfig& model, const RoutingConfig& routing);
 
 /// Cross-field rules, defaults resolved (vocab_size and head_dim filled in). Throws (usage) naming
 /// the fields, their values and a value that would do.
 void validate(const ModelConfig& model, const RoutingConfig& routing);
+/// The same for the layers that overrides name, which must exist, be MoE layers and be named once.
+void validate(const ModelConfig& model, const std::vector<RoutingOverride>& overrides);
 /// 0-valued "derive it" fields replaced by their values. `data_vocab_size` serves "auto".
 ModelConfig resolve(ModelConfig model, std::int64_t data_vocab_size);
 

@@ -1,5 +1,8 @@
 #pragma once
 
+#include <string>
+
+#include "kernels/gate_input.hpp"
 #include "src/model/param_registry.hpp"
 #include "src/model/routing.hpp"
 
@@ -17,20 +20,34 @@ class Gate {
   /// (recomputation) and nothing is reported.
   void forward(PassContext& ctx, const ParamStore& params, ConstTensorView x, Routing& routing,
                bool replay) const;
-  /// dx [T, H] (accumulate type) from dweight [T, K]; adds the leaves of the gate's parameters.
+  /// dx [T, H] (accumulate type) from dweight [T, S]; adds the leaves of the gate's parameters.
   void backward(PassContext& ctx, const ParamStore& params, TensorView dx, ConstTensorView dweight,
                 ConstTensorView x, const Routing& routing) const;
+  /// Allocates as much as either pass does at most.
+  void allocate_scratch(Arena& arena, std::int64_t num_tokens, DType compute) const;
   /// Products for build_primitives.
   std::vector<GemmShape> gemm_shapes(std::int64_t max_tokens, DType compute, bool training) const;
+  /// Slots per token.
+  std::int64_t num_slots() const { return arcus::num_slots(model_, routing_); }
 
  private:
-  /// Both see the real tokens alone.
+  bool keeps_wide(DType compute) const;
+  /// What logits are made of: x, or what jitter or the cosine made of it.
+  ConstTensorView input_of(ConstTensorView x, const Routing& routing) const;
+  /// These see the real tokens alone.
+  void logits(PassContext& ctx, const ParamStore& params, ConstTensorView x,
+              Routing& routing) const;
   void select_and_drop(PassContext& ctx, Routing& routing) const;
   void report(PassContext& ctx, Routing& routing) const;
+  void logits_backward(PassContext& ctx, const ParamStore& params, TensorView dx, TensorView dz,
+                       ConstTensorView x, const Routing& routing) const;
+  /// Fills dnoise, and adds the load loss to dz.
+  void noise_backward(PassContext& ctx, TensorView dnoise, TensorView dz,
+                      const Routing& routing) const;
 
   ModelConfig model_;
   RoutingConfig routing_;
-  ParamRef weight_, bias_;
+  ParamRef weight_, bias_, temperature_, noise_weight_;
 };
 
 }  // namespace arcus

@@ -22,12 +22,14 @@ MoeLayer::MoeLayer(const ModelConfig& model, const RoutingConfig& routing,
   const std::int64_t e = model.num_experts;
   const std::int64_t f = model.expert_ff_size;
   const std::int64_t h = model.hidden_size;
-  experts_ =
-      registry.add_experts({{.name = prefix + "experts.gate_proj.weight", .shape = {e, f, h}},
-                            {.name = prefix + "experts.up_proj.weight", .shape = {e, f, h}},
-                            {.name = prefix + "experts.down_proj.weight",
-                             .shape = {e, h, f},
-                             .init_std = residual_std(model)}});
+  const std::int64_t active = gate_.num_slots();
+  experts_ = registry.add_experts(
+      {{.name = prefix + "experts.gate_proj.weight", .shape = {e, f, h}, .active_units = active},
+       {.name = prefix + "experts.up_proj.weight", .shape = {e, f, h}, .active_units = active},
+       {.name = prefix + "experts.down_proj.weight",
+        .shape = {e, h, f},
+        .init_std = residual_std(model),
+        .active_units = active}});
   if (model.num_shared_experts == 0) return;
   shared_.emplace(prefix + "shared_experts.", h, f * model.num_shared_experts, residual_std(model),
                   registry);
@@ -118,7 +120,7 @@ void MoeLayer::forward(PassContext& ctx, const ParamStore& params, TokenDispatch
   weighted_sum(ctx.stream, {.out = out,
                             .slot_rows = slots.rows.data(),
                             .weight = saved.routing.weight,
-                            .slots_per_token = model_.topk,
+                            .slots_per_token = gate_.num_slots(),
                             .addend1 = shared_ ? shared_out : ConstTensorView(residual),
                             .addend2 = shared_ ? ConstTensorView(residual) : ConstTensorView()});
 }
@@ -213,7 +215,7 @@ void MoeLayer::backward(PassContext& ctx, const ParamStore& params, TokenDispatc
   gate_.backward(ctx, params, dgate, slots.scalars, h, saved.routing);
   weighted_sum(ctx.stream, {.out = dh,
                             .slot_rows = slots.rows.data(),
-                            .slots_per_token = model_.topk,
+                            .slots_per_token = gate_.num_slots(),
                             .addend1 = dgate,
                             .addend2 = shared_ ? ConstTensorView(dh_shared) : ConstTensorView()});
 }
@@ -230,8 +232,8 @@ void MoeLayer::allocate_backward_scratch(Arena& arena, std::int64_t num_tokens, 
   arena.allocate(compute, padded, ffn_row_stride(2 * f));
   // The gate, the shared expert and its gate on tokens.
   const std::int64_t tokens = padded_rows(num_tokens) + kWgradRowPadding;
-  arena.allocate(acc, tokens, 2 * h + model_.num_experts + 1);
-  arena.allocate(DType::i64, 2, std::max(num_tokens * model_.topk, model_.num_experts) + 64);
+  arena.allocate(acc, tokens, 2 * h + 1);
+  gate_.allocate_scratch(arena, num_tokens, compute);
   if (shared_) {
     arena.allocate(compute, tokens,
                    3 * h + ffn_row_stride(h) + ffn_row_stride(2 * shared_->shape().ff_size));

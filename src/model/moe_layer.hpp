@@ -36,7 +36,10 @@ class MoeLayer {
   void allocate_tokens(Arena& arena, std::int64_t num_tokens, DType compute, Saved& saved) const;
   void allocate_rows(Arena& arena, std::int64_t rows, std::int64_t padded, DType compute,
                      Saved& saved) const;
-  /// Most scratch memory that backward needs.
+  /// Most scratch memory that forward, and backward, needs.
+  void allocate_forward_scratch(Arena& arena, std::int64_t num_tokens, DType compute) const {
+    gate_.allocate_scratch(arena, num_tokens, compute);
+  }
   void allocate_backward_scratch(Arena& arena, std::int64_t num_tokens, std::int64_t rows,
                                  std::int64_t padded, DType compute) const;
 
@@ -51,6 +54,7 @@ class MoeLayer {
                 TensorView dh, ConstTensorView dout, ConstTensorView h, const Saved& saved) const;
   std::vector<GemmShape> gemm_shapes(std::int64_t max_tokens, std::int64_t max_segment_rows,
                                      DType compute, bool training) const;
+  std::int64_t num_slots() const { return gate_.num_slots(); }
 
  private:
   FfnWeights expert_weights(const ParamStore& params) const;

@@ -100,11 +100,9 @@ std::int64_t ParamRegistry::total_parameters() const {
   return total;
 }
 
-std::int64_t ParamRegistry::active_parameters(std::int64_t topk) const {
+std::int64_t ParamRegistry::active_parameters() const {
   std::int64_t total = 0;
-  for (const ParamRow& row : rows_) {
-    total += (row.kind == ParamKind::expert ? topk : 1) * row.unit_elements();
-  }
+  for (const ParamRow& row : rows_) total += row.active_units * row.unit_elements();
   return total;
 }
 

@@ -32,6 +32,7 @@ struct ParamRow {
   double init_std = 0.02;
   bool follows_previous = false;            ///< no gap before it: one view spans both (q, k, v)
   std::int64_t leaves_per_micro_batch = 1;  ///< most leaves a micro-batch may add
+  std::int64_t active_units = 1;            ///< units that one token passes through
   // Set from [[train.group]]:
   double lr_scale = 1;
   double weight_decay = 0;
@@ -100,9 +101,9 @@ class ParamRegistry {
   }
   std::int64_t first_local_expert() const { return first_local_expert_; }
   std::int64_t num_local_experts() const { return num_local_experts_; }
-  /// Parameters of the whole model, and those a token passes through with `topk` experts.
+  /// Parameters of the whole model, and those that one token passes through.
   std::int64_t total_parameters() const;
-  std::int64_t active_parameters(std::int64_t topk) const;
+  std::int64_t active_parameters() const;
 
  private:
   std::int64_t num_experts_, first_local_expert_, num_local_experts_;

@@ -18,12 +18,14 @@ struct MicroBatch {
   std::int64_t num_seqs = 0;
   std::int64_t seq_len = 0;
   std::int64_t num_padding_tokens = 0;  ///< at the end of the last sequence (evaluation only)
-  ConstTensorView ids;                  ///< [1, T] i32
-  ConstTensorView targets;              ///< [1, T] i32, -1 = none
-  ConstTensorView position;             ///< [1, T] i32, inside the sequence
-  ConstTensorView first_key;            ///< [1, T] i32, first position that may be attended to
-  double loss_scale = 0;                ///< 1 / target tokens of the whole step
-  double weight = 0;                    ///< T_m / sum T, for auxiliary losses
+  std::int64_t first_token = 0;         ///< global index of token 0 in the step
+  std::span<const std::int64_t> sequence_offsets;  ///< [num_seqs + 1] real tokens before each
+  ConstTensorView ids;                             ///< [1, T] i32
+  ConstTensorView targets;                         ///< [1, T] i32, -1 = none
+  ConstTensorView position;                        ///< [1, T] i32, inside the sequence
+  ConstTensorView first_key;  ///< [1, T] i32, first position that may be attended to
+  double loss_scale = 0;      ///< 1 / target tokens of the whole step
+  double weight = 0;          ///< T_m / sum T, for auxiliary losses
 
   std::int64_t num_tokens() const { return num_seqs * seq_len; }
   /// Tokens that are text: padding is not routed and in no mean.
@@ -32,25 +34,37 @@ struct MicroBatch {
 
 /// What a micro-batch reports; all vectors are sized by the transformer, dense layers stay 0.
 struct MicroBatchStats {
-  double token_loss_sum = 0;          ///< over targets, f64 in token order
-  std::vector<double> aux_loss;       ///< [L], parts of the loss (coefficient and weight included)
-  std::vector<double> z_loss;         ///< [L], likewise
-  std::vector<double> entropy_sum;    ///< [L], sum over tokens
-  std::vector<std::int64_t> demand;   ///< [L * E], tokens per expert before drops
-  std::vector<std::int64_t> dropped;  ///< [L], assignments
-  std::vector<std::int64_t> recv_rows;  ///< [L], rows this rank's experts processed
+  double token_loss_sum = 0;  ///< over targets, f64 in token order
+  /// [L], parts of the loss (coefficients and weight included): all balancing losses but z.
+  std::vector<double> aux_loss;
+  std::vector<double> z_loss;              ///< [L], likewise
+  std::vector<double> entropy_sum;         ///< [L], sum over tokens
+  std::vector<std::int64_t> demand;        ///< [L * E], tokens per expert before drops
+  std::vector<std::int64_t> score_counts;  ///< [L * E], tokens whose K largest s hold the expert
+  std::vector<std::int64_t> dropped;       ///< [L], assignments
+  std::vector<std::int64_t> recv_rows;     ///< [L], rows this rank's experts processed
 };
 
 /// What routing one micro-batch left behind. T tokens, E experts, K choices; A = accumulate type.
 struct Routing {
-  TensorView x_wide;          ///< [T, H] A, empty when the compute type is A
-  TensorView z, s;            ///< [T, E] A: logits, scores
-  TensorView lse;             ///< [T, 1] A
-  TensorView topk_idx;        ///< [T, K] i32
-  TensorView expert_of_slot;  ///< [T, K] i32, -1 = dropped
-  TensorView weight;          ///< [T, K] A
-  TensorView fraction;        ///< [groups, E] A: f of the aux loss
-  std::int64_t capacity = 0;  ///< 0 = dropless
+  TensorView x_wide;             ///< [T, H] A: the gate's input where it is not x itself
+  TensorView z, s;               ///< [T, E] A: logits, scores
+  TensorView lse;                ///< [T, 1] A
+  TensorView topk_idx;           ///< [T, K] i32
+  TensorView expert_of_slot;     ///< [T, K] i32, -1 = dropped
+  TensorView weight;             ///< [T, K] A
+  TensorView fraction;           ///< [1, E] A: f of the aux loss over the micro-batch
+  TensorView fraction_sequence;  ///< [sequences, E] A: f over each sequence
+  TensorView fraction_global;    ///< [1, E] A: f of the step before
+  TensorView dimportance;        ///< [1, E] f64: d CV2 / d importance
+  TensorView dload;              ///< [1, E] f64: d CV2 / d load
+  TensorView noise_logits;       ///< [T, E] A: n, with noise
+  TensorView z_clean;            ///< [T, E] A: z without noise, for the load loss
+  TensorView inv_norm;           ///< [T, 1] A: 1 / |x|, cosine
+  TensorView cosine;             ///< [T, E] A
+  TensorView w_hat;              ///< [E, H] A: W_i / |W_i|, cosine
+  TensorView w_inv_norm;         ///< [E, 1] A
+  std::int64_t capacity = 0;     ///< 0 = dropless
 
   /// The first `tokens` rows of everything that has a row a token.
   Routing first_tokens(std::int64_t tokens) const;
@@ -60,6 +74,8 @@ struct Routing {
 using RoutingObserver =
     std::function<void(std::int64_t layer, const MicroBatch& batch, const Routing& routing)>;
 
+class BalanceState;
+
 /// What a pass through the layers carries along.
 struct PassContext {
   Stream& stream;
@@ -68,6 +84,8 @@ struct PassContext {
   const MicroBatch& batch;
   MicroBatchStats& stats;
   bool training = true;
+  std::uint64_t seed = 0;                 ///< of noise
+  const BalanceState* balance = nullptr;  ///< null: no layer keeps any
   std::int64_t step = 0;
   std::int64_t layer = 0;
   const RoutingObserver* observer = nullptr;

@@ -3,34 +3,244 @@
 #include <array>
 
 #include "src/base/error.hpp"
+#include "src/base/rng.hpp"
+#include "src/model/balance_state.hpp"
 
 namespace arcus {
 namespace {
 
-void select_largest(PassContext& ctx, const ModelConfig&, const RoutingConfig&, Routing& routing) {
-  select_topk(ctx.stream, {.topk_idx = routing.topk_idx, .s = routing.s});
+// ---- select ------------------------------------------------------------------------------------
+
+bool select_largest(const GateContext& gate, TensorView) {
+  const RoutingConfig& c = gate.config;
+  const BalanceState* balance = gate.pass.balance;
+  select_topk(gate.pass.stream,
+              {.topk_idx = gate.routing.topk_idx,
+               .s = gate.routing.s,
+               .expert_bias =
+                   balance != nullptr ? balance->expert_bias(gate.pass.layer) : ConstTensorView(),
+               .n_group = c.n_group,
+               .topk_group = c.topk_group,
+               .group_score = c.group_score == "max" ? GroupScore::max : GroupScore::top2_sum});
+  return false;
 }
 
-constexpr std::array kScores{ScoreRow{"softmax", Score::softmax}};
-constexpr std::array kSelects{SelectRow{"topk", select_largest}};
-void report_aux(const RoutingConfig& config, const MicroBatch& batch, const BalanceValues& values,
-                std::size_t layer, MicroBatchStats& stats) {
-  stats.aux_loss[layer] = config.aux_loss * batch.weight * values.aux;
-}
-void add_aux_gradient(const RoutingConfig& config, const MicroBatch& batch, GateBackward& args) {
-  args.aux_coeff = config.aux_loss * batch.weight;
-}
-
-void report_z(const RoutingConfig& config, const MicroBatch& batch, const BalanceValues& values,
-              std::size_t layer, MicroBatchStats& stats) {
-  stats.z_loss[layer] = config.z_loss * batch.weight * values.z_loss;
-}
-void add_z_gradient(const RoutingConfig& config, const MicroBatch& batch, GateBackward& args) {
-  args.z_coeff = config.z_loss * batch.weight;
+bool select_second_sampled(const GateContext& gate, TensorView wanted) {
+  select_largest(gate, wanted);
+  if (!gate.pass.training) return false;
+  sample_second(gate.pass.stream, {.wanted = wanted,
+                                   .topk_idx = gate.routing.topk_idx,
+                                   .s = gate.routing.s,
+                                   .draws = gate.draws("second expert")});
+  return true;
 }
 
-constexpr std::array kBalances{BalanceRow{"aux_loss", report_aux, add_aux_gradient},
-                               BalanceRow{"z_loss", report_z, add_z_gradient}};
+bool select_hashed(const GateContext& gate, TensorView) {
+  select_by_hash(gate.pass.stream,
+                 {.topk_idx = gate.routing.topk_idx,
+                  .ids = gate.pass.batch.ids.col_range(0, gate.routing.topk_idx.rows),
+                  .num_experts = gate.model.num_experts,
+                  .key = Rng(0, "hash routing", fmt::format("{}", gate.pass.layer)).key()});
+  return false;
+}
+
+bool select_balanced(const GateContext& gate, TensorView wanted) {
+  if (!gate.pass.training) return select_largest(gate, wanted);
+  const ArenaScope scope(gate.pass.scratch);
+  const std::int64_t size = sinkhorn_scratch(gate.routing.z.rows, gate.model.num_experts);
+  select_sinkhorn(gate.pass.stream, {.topk_idx = gate.routing.topk_idx,
+                                     .z = gate.routing.z,
+                                     .iterations = gate.config.sinkhorn_iterations,
+                                     .scratch = gate.pass.scratch.allocate(DType::f64, 1, size)});
+  return false;
+}
+
+bool select_all(const GateContext& gate, TensorView) {
+  for (std::int64_t t = 0; t < gate.routing.topk_idx.rows; ++t) {
+    auto* choice = gate.routing.topk_idx.row<std::int32_t>(t);
+    for (std::int64_t e = 0; e < gate.model.num_experts; ++e) {
+      choice[e] = static_cast<std::int32_t>(e);
+    }
+  }
+  return false;
+}
+
+// ---- balance -----------------------------------------------------------------------------------
+
+/// Tokens before each group of an aux loss.
+class Groups {
+ public:
+  Groups(const GateContext& gate, AuxScope scope)
+      : whole_{0, gate.routing.s.rows},
+        offsets_(scope == AuxScope::sequence ? gate.pass.batch.sequence_offsets
+                                             : std::span<const std::int64_t>(whole_)) {}
+  Groups(const Groups&) = delete;
+  Groups& operator=(const Groups&) = delete;
+  std::span<const std::int64_t> offsets() const { return offsets_; }
+  std::int64_t count() const { return static_cast<std::int64_t>(offsets_.size()) - 1; }
+
+ private:
+  std::array<std::int64_t, 2> whole_;
+  std::span<const std::int64_t> offsets_;
+};
+
+TensorView fraction_of(const Routing& routing, AuxScope scope) {
+  return scope == AuxScope::sequence ? routing.fraction_sequence
+         : scope == AuxScope::global ? routing.fraction_global
+                                     : routing.fraction;
+}
+
+/// f of the step before into `fraction`; 1 / E before the first.
+void fill_previous_fraction(const GateContext& gate, TensorView fraction) {
+  const auto counts = gate.pass.balance->counts(gate.pass.layer);
+  std::int64_t total = 0;
+  for (const std::int64_t count : counts) total += count;
+  dispatch_accumulate(fraction.dtype, [&]<class A>() {
+    A* f = fraction.as<A>();
+    for (std::size_t e = 0; e < counts.size(); ++e) {
+      f[e] = static_cast<A>(total > 0 ? static_cast<double>(counts[e]) / static_cast<double>(total)
+                                      : 1 / static_cast<double>(counts.size()));
+    }
+  });
+}
+
+template <AuxScope kScope>
+bool aux_is_active(const RoutingConfig& config) {
+  return aux_coefficient(config, kScope) > 0;
+}
+
+template <AuxScope kScope>
+void add_aux_loss(const GateContext& gate) {
+  const ArenaScope arena(gate.pass.scratch);
+  const Groups groups(gate, kScope);
+  const TensorView fraction = fraction_of(gate.routing, kScope).row_range(0, groups.count());
+  if (kScope == AuxScope::global) fill_previous_fraction(gate, fraction);
+  double aux = 0;
+  aux_loss(gate.pass.stream,
+           {.aux = &aux,
+            .fraction = fraction,
+            .given = kScope == AuxScope::global,
+            .scratch = gate.pass.scratch.allocate(DType::f64, 1, 2 * gate.model.num_experts),
+            .s = gate.routing.s,
+            .group_offsets = groups.offsets(),
+            .topk = gate.model.topk});
+  gate.pass.stats.aux_loss[gate.layer()] +=
+      aux_coefficient(gate.config, kScope) * gate.pass.batch.weight * aux;
+}
+
+template <AuxScope kScope>
+void add_aux_gradient(const GateContext& gate, TensorView ds) {
+  const Groups groups(gate, kScope);
+  aux_loss_backward(gate.pass.stream,
+                    {.ds = ds,
+                     .s = gate.routing.s,
+                     .fraction = fraction_of(gate.routing, kScope),
+                     .group_offsets = groups.offsets(),
+                     .coeff = aux_coefficient(gate.config, kScope) * gate.pass.batch.weight});
+}
+
+template <AuxScope kScope>
+constexpr BalanceRow aux_row(std::string_view name, std::string_view what) {
+  return {.name = name,
+          .what = what,
+          .needs_steering = true,
+          .active = aux_is_active<kScope>,
+          .forward = add_aux_loss<kScope>,
+          .backward_scores = add_aux_gradient<kScope>};
+}
+
+void add_importance_loss(const GateContext& gate) {
+  double cv2 = 0;
+  importance_loss(gate.pass.stream, {.cv2 = &cv2,
+                                     .derivative = gate.routing.dimportance,
+                                     .s = gate.routing.s,
+                                     .topk_idx = gate.routing.topk_idx,
+                                     .renormalize = gate.config.renormalize});
+  gate.pass.stats.aux_loss[gate.layer()] +=
+      gate.config.importance_loss * gate.pass.batch.weight * cv2;
+}
+
+void add_importance_gradient(const GateContext& gate, TensorView ds) {
+  importance_loss_backward(gate.pass.stream,
+                           {.ds = ds,
+                            .derivative = gate.routing.dimportance,
+                            .s = gate.routing.s,
+                            .topk_idx = gate.routing.topk_idx,
+                            .renormalize = gate.config.renormalize,
+                            .coeff = gate.config.importance_loss * gate.pass.batch.weight});
+}
+
+void add_load_loss(const GateContext& gate) {
+  double cv2 = 0;
+  load_loss(gate.pass.stream, {.cv2 = &cv2,
+                               .derivative = gate.routing.dload,
+                               .z_clean = gate.routing.z_clean,
+                               .z_noisy = gate.routing.z,
+                               .n = gate.routing.noise_logits,
+                               .amount = gate.config.noise,
+                               .topk = gate.model.topk});
+  gate.pass.stats.aux_loss[gate.layer()] += gate.config.load_loss * gate.pass.batch.weight * cv2;
+}
+
+// ---- tables ------------------------------------------------------------------------------------
+
+constexpr std::array kScores{
+    ScoreRow{"softmax", "probabilities that sum to one", Score::softmax, false},
+    ScoreRow{"sigmoid", "each expert on its own, in (0, 1)", Score::sigmoid, false},
+    ScoreRow{"cosine", "softmax of cosines with a learned temperature", Score::softmax, true}};
+
+constexpr std::array kSelects{
+    SelectRow{.name = "topk",
+              .what = "the topk largest scores",
+              .steered = true,
+              .takes_bias = true,
+              .takes_groups = true,
+              .takes_capacity = true,
+              .select = select_largest},
+    SelectRow{.name = "second_sampled",
+              .what = "the largest score, and the second with a probability that follows from its "
+                      "weight",
+              .topk = 2,
+              .steered = true,
+              .takes_bias = true,
+              .takes_groups = true,
+              .takes_capacity = true,
+              .needs_scores_per_token = true,
+              .select = select_second_sampled},
+    SelectRow{.name = "hash",
+              .what = "a fixed function of the token id",
+              .takes_capacity = true,
+              .ascending = true,
+              .select = select_hashed},
+    SelectRow{.name = "sinkhorn",
+              .what = "a balanced assignment of the micro-batch; evaluation takes the largest "
+                      "scores",
+              .steered = true,
+              .takes_capacity = true,
+              .needs_scores_per_token = true,
+              .select = select_balanced},
+    SelectRow{.name = "dense",
+              .what = "every expert, weighted by its score",
+              .all_experts = true,
+              .ascending = true,
+              .select = select_all}};
+
+constexpr std::array kBalances{
+    aux_row<AuxScope::micro_batch>("aux_loss", "evens out the experts of a micro-batch"),
+    aux_row<AuxScope::sequence>("aux_loss_sequence", "evens out the experts of every sequence"),
+    aux_row<AuxScope::global>("aux_loss_global", "evens out the experts of whole steps"),
+    BalanceRow{.name = "importance_loss",
+               .what = "evens out the sums of the experts' weights",
+               .needs_steering = true,
+               .active = [](const RoutingConfig& c) { return c.importance_loss > 0; },
+               .forward = add_importance_loss,
+               .backward_scores = add_importance_gradient},
+    BalanceRow{.name = "load_loss",
+               .what = "evens out the chances of the experts under noise",
+               .needs_steering = true,
+               .active = [](const RoutingConfig& c) { return c.load_loss > 0; },
+               .forward = add_load_loss,
+               .backward_scores = nullptr}};
 
 template <class Table>
 const auto& find(const Table& table, std::string_view key, std::string_view name) {
@@ -44,6 +254,12 @@ const auto& find(const Table& table, std::string_view key, std::string_view name
 
 }  // namespace
 
+TokenDraws GateContext::draws(std::string_view purpose) const {
+  return {.key = Rng(pass.seed, purpose, fmt::format("{}", pass.layer)).key(),
+          .step = pass.step,
+          .first_token = pass.batch.first_token};
+}
+
 std::span<const ScoreRow> score_table() { return kScores; }
 std::span<const SelectRow> select_table() { return kSelects; }
 std::span<const BalanceRow> balance_table() { return kBalances; }
@@ -51,8 +267,52 @@ std::span<const BalanceRow> balance_table() { return kBalances; }
 const ScoreRow& find_score(std::string_view name) { return find(kScores, "score", name); }
 const SelectRow& find_select(std::string_view name) { return find(kSelects, "select", name); }
 
-std::int64_t aux_group_tokens(const RoutingConfig& config, const MicroBatch& batch) {
-  return config.aux_scope == "sequence" ? batch.seq_len : batch.num_real_tokens();
+void validate_combination(const ModelConfig& m, const RoutingConfig& r) {
+  const SelectRow& select = find_select(r.select);
+  const auto refuse = [&](bool wrong, std::string_view key, auto value, std::string_view instead) {
+    ARCUS_REQUIRE(!wrong, ExitCode::usage,
+                  "routing.select \"{}\" ({}) does not go with {} = {}; set it to {}, or select to "
+                  "\"topk\"",
+                  select.name, select.what, key, value, instead);
+  };
+  refuse(select.topk != 0 && m.topk != select.topk, "model.topk", m.topk,
+         fmt::format("{}", select.topk));
+  refuse(select.all_experts && m.topk != m.num_experts, "model.topk", m.topk,
+         fmt::format("model.num_experts ({})", m.num_experts));
+  refuse(!select.takes_groups && r.n_group > 1, "routing.n_group", r.n_group, "1");
+  refuse(!select.takes_bias && r.expert_bias_rate > 0, "routing.expert_bias_rate",
+         r.expert_bias_rate, "0");
+  refuse(!select.takes_capacity && r.capacity_factor > 0, "routing.capacity_factor",
+         r.capacity_factor, "0 (dropless)");
+  refuse(!select.takes_capacity && r.eval_capacity_factor > 0, "routing.eval_capacity_factor",
+         r.eval_capacity_factor, "0 (dropless)");
+  refuse(!select.steered && r.noise > 0, "routing.noise", r.noise, "0");
+  refuse(!select.steered && r.jitter > 0, "routing.jitter", r.jitter, "0");
+  for (const BalanceRow& row : kBalances) {
+    if (!row.needs_steering || select.steered || !row.active(r)) continue;
+    refuse(true, fmt::format("routing.{}", row.name), "a value above 0", "0");
+  }
+}
+
+std::string combinations_table() {
+  std::string text = "| select | what | groups | expert bias | capacity | noise |";
+  std::string line = "|---|---|---|---|---|---|";
+  for (const BalanceRow& row : kBalances) {
+    text += fmt::format(" {} |", row.name);
+    line += "---|";
+  }
+  text += "\n" + line + "\n";
+  const auto mark = [](bool yes) { return yes ? "yes" : "-"; };
+  for (const SelectRow& select : kSelects) {
+    text += fmt::format("| {} | {} | {} | {} | {} | {} |", select.name, select.what,
+                        mark(select.takes_groups), mark(select.takes_bias),
+                        mark(select.takes_capacity), mark(select.steered));
+    for (const BalanceRow& row : kBalances) {
+      text += fmt::format(" {} |", mark(select.steered || !row.needs_steering));
+    }
+    text += "\n";
+  }
+  return text;
 }
 
 }  // namespace arcus

@@ -5,41 +5,63 @@
 #include <string>
 #include <string_view>
 
+#include "kernels/balance.hpp"
 #include "kernels/gate.hpp"
+#include "kernels/select.hpp"
 #include "src/model/config.hpp"
 #include "src/model/pass.hpp"
 
 namespace arcus {
 
-/// A routing is three orthogonal choices, each a row of a table, plus capacity: *score* turns
-/// logits into s, *select* picks K experts a token, *balance* adds losses or state. Adding one is a
-/// row.
+/// A routing is three orthogonal choices, each a row of a table, plus noise, groups and capacity:
+/// *score* turns logits into s, *select* picks experts, *balance* adds losses or state. Adding one
+/// is a row; its properties decide what it goes with. ROUTING.md defines every row.
+
+/// Which layer of which model a row works for.
+struct GateContext {
+  PassContext& pass;
+  const ModelConfig& model;
+  const RoutingConfig& config;
+  Routing& routing;  ///< of the real tokens
+
+  std::size_t layer() const { return static_cast<std::size_t>(pass.layer); }
+  /// The layer's random numbers of one kind.
+  TokenDraws draws(std::string_view purpose) const;
+};
 
 struct ScoreRow {
   std::string_view name;
+  std::string_view what;
   Score score;
+  bool cosine;  ///< logits are scaled cosines
 };
 
 struct SelectRow {
   std::string_view name;
-  /// Fills routing.topk_idx from routing.s.
-  void (*select)(PassContext& ctx, const ModelConfig& model, const RoutingConfig& config,
-                 Routing& routing);
+  std::string_view what;
+  std::int64_t topk;            ///< the only topk it takes; 0 = any
+  bool all_experts;             ///< topk must be num_experts
+  bool steered;                 ///< by scores: losses on them, and noise, change the selection
+  bool takes_bias;              ///< expert_bias_rate, quantile_rate
+  bool takes_groups;            ///< n_group > 1
+  bool takes_capacity;          ///< capacity_factor > 0
+  bool ascending;               ///< choices stand in ascending expert id
+  bool needs_scores_per_token;  ///< evaluation differs from training
+  /// Fills routing.topk_idx, and `wanted` where some choices are not asked for (it holds topk_idx
+  /// otherwise: returns false).
+  bool (*select)(const GateContext& gate, TensorView wanted);
 };
 
-/// Numbers of one layer and micro-batch before coefficients and weights.
-struct BalanceValues {
-  double aux = 0;     ///< E sum_i f_i P_i
-  double z_loss = 0;  ///< mean of logsumexp^2
-};
-
-/// One balancing term: its part of the loss, and its part in the gate's backward pass. A term whose
-/// coefficient is 0 adds nothing.
+/// One balancing term. A term that is not active adds nothing.
 struct BalanceRow {
   std::string_view name;
-  void (*report)(const RoutingConfig& config, const MicroBatch& batch, const BalanceValues& values,
-                 std::size_t layer, MicroBatchStats& stats);
-  void (*add_gradient)(const RoutingConfig& config, const MicroBatch& batch, GateBackward& args);
+  std::string_view what;
+  bool needs_steering;  ///< refused where scores do not decide the selection
+  bool (*active)(const RoutingConfig& config);
+  /// Adds its part of the loss to the statistics; keeps what backward needs in routing.
+  void (*forward)(const GateContext& gate);
+  /// Adds its gradient to ds [T, E]; null: none.
+  void (*backward_scores)(const GateContext& gate, TensorView ds);
 };
 
 std::span<const ScoreRow> score_table();
@@ -50,7 +72,10 @@ std::span<const BalanceRow> balance_table();
 const ScoreRow& find_score(std::string_view name);
 const SelectRow& find_select(std::string_view name);
 
-/// Tokens over which the aux loss's f and P are taken: the micro-batch, or each sequence.
-std::int64_t aux_group_tokens(const RoutingConfig& config, const MicroBatch& batch);
+/// Rules that follow from the rows' properties. Throws (usage) naming keys, values and a
+/// combination that would do.
+void validate_combination(const ModelConfig& model, const RoutingConfig& routing);
+/// Which select rows go with what, as Markdown, from the same properties.
+std::string combinations_table();
 
 }  // namespace arcus

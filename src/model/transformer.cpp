@@ -20,8 +20,9 @@ std::int64_t chunk_rows_for(std::int64_t vocab_size) {
 }  // namespace
 
 Transformer::Transformer(const ModelConfig& model, const RoutingConfig& routing,
+                         const std::vector<RoutingOverride>& overrides,
                          std::int64_t micro_batch_tokens, ParamRegistry& registry)
-    : model_(model), routing_(routing) {
+    : model_(model) {
   // The head adds a leaf per chunk.
   const std::int64_t chunk = chunk_rows_for(model.vocab_size);
   const std::int64_t chunks = std::max<std::int64_t>(1, (micro_batch_tokens + chunk - 1) / chunk);
@@ -30,7 +31,10 @@ Transformer::Transformer(const ModelConfig& model, const RoutingConfig& routing,
                              .leaves_per_micro_batch = model.tie_embeddings ? chunks + 1 : 1});
   blocks_.reserve(static_cast<std::size_t>(model.num_layers));
   for (std::int64_t layer = 0; layer < model.num_layers; ++layer) {
-    blocks_.emplace_back(model, routing, layer, registry);
+    const LayerRouting own = routing_of_layer(model, routing, overrides, layer);
+    ModelConfig layer_model = model;
+    layer_model.topk = own.topk;
+    blocks_.emplace_back(layer_model, own.routing, layer, registry);
   }
   final_norm_ = registry.add({.name = "model.norm.weight",
                               .shape = {model.hidden_size},
@@ -50,6 +54,7 @@ MicroBatchStats Transformer::make_stats() const {
   stats.z_loss.resize(layers);
   stats.entropy_sum.resize(layers);
   stats.demand.resize(layers * static_cast<std::size_t>(model_.num_experts));
+  stats.score_counts.resize(stats.demand.size());
   stats.dropped.resize(layers);
   stats.recv_rows.resize(layers);
   return stats;
@@ -316,7 +321,7 @@ double Transformer::training_flops_per_token(std::int64_t seq_len) const {
       continue;
     }
     weights += h * d(model_.num_experts) +
-               3 * h * d(model_.expert_ff_size) * d(model_.topk + model_.num_shared_experts);
+               3 * h * d(model_.expert_ff_size) * d(block.num_slots() + model_.num_shared_experts);
   }
   // Two products of [S, D] by [D, S] per head and layer, half of them masked.
   const double attention = d(model_.num_layers) * 2 * d(seq_len) * q;

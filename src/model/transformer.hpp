@@ -19,10 +19,10 @@ class Transformer {
   /// Declares all parameters, in Hugging Face's names and in the order of a forward pass.
   /// `micro_batch_tokens` = T of a full micro-batch (0 when not training).
   Transformer(const ModelConfig& model, const RoutingConfig& routing,
-              std::int64_t micro_batch_tokens, ParamRegistry& registry);
+              const std::vector<RoutingOverride>& overrides, std::int64_t micro_batch_tokens,
+              ParamRegistry& registry);
 
   const ModelConfig& model() const { return model_; }
-  const RoutingConfig& routing() const { return routing_; }
   MicroBatchStats make_stats() const;
   /// What `train` keeps per layer between forward and backward; made once, used every round.
   struct Workspace {
@@ -68,7 +68,6 @@ class Transformer {
   ParamRef head_weight() const { return head_.valid() ? head_ : embedding_; }
 
   ModelConfig model_;
-  RoutingConfig routing_;
   ParamRef embedding_;
   std::vector<Block> blocks_;
   ParamRef final_norm_, head_;

@@ -7,13 +7,17 @@ namespace arcus {
 BatchBuffers::BatchBuffers(std::int64_t max_seqs, std::int64_t seq_len) : seq_len_(seq_len) {
   const auto tokens = static_cast<std::size_t>(max_seqs * seq_len);
   tokens_.resize(static_cast<std::size_t>(seq_len) + 1);
+  sequence_offsets_.resize(static_cast<std::size_t>(max_seqs) + 1);
   for (auto* buffer : {&ids_, &targets_, &position_, &first_key_}) buffer->resize(tokens);
   for (std::size_t t = 0; t < tokens; ++t) {
     position_[t] = static_cast<std::int32_t>(static_cast<std::int64_t>(t) % seq_len);
   }
 }
 
-MicroBatch BatchBuffers::view(std::int64_t number, std::int64_t num_seqs) const {
+MicroBatch BatchBuffers::view(std::int64_t number, std::int64_t num_seqs) {
+  for (std::size_t s = 0; s < sequence_offsets_.size(); ++s) {
+    sequence_offsets_[s] = static_cast<std::int64_t>(s) * seq_len_;
+  }
   const std::int64_t tokens = num_seqs * seq_len_;
   const auto row = [&](const std::vector<std::int32_t>& buffer) {
     return ConstTensorView(buffer.data(), DType::i32, 1, tokens);
@@ -21,6 +25,8 @@ MicroBatch BatchBuffers::view(std::int64_t number, std::int64_t num_seqs) const 
   return {.number = number,
           .num_seqs = num_seqs,
           .seq_len = seq_len_,
+          .first_token = std::max<std::int64_t>(0, number) * static_cast<std::int64_t>(ids_.size()),
+          .sequence_offsets = {sequence_offsets_.data(), static_cast<std::size_t>(num_seqs) + 1},
           .ids = row(ids_),
           .targets = row(targets_),
           .position = row(position_),
@@ -53,6 +59,7 @@ MicroBatch BatchBuffers::fill(const EvalSampler& sampler, std::int64_t number,
   }
   MicroBatch batch = view(number, num_seqs);
   batch.num_padding_tokens = seq_len_ - sampler.num_real_tokens(first_window + num_seqs - 1);
+  sequence_offsets_[static_cast<std::size_t>(num_seqs)] = batch.num_real_tokens();
   return batch;
 }
 
@@ -64,6 +71,6 @@ MicroBatch BatchBuffers::fill(std::span<const std::int32_t> ids,
   return view(number, static_cast<std::int64_t>(ids.size()) / seq_len_);
 }
 
-MicroBatch BatchBuffers::idle() const { return view(-1, 0); }
+MicroBatch BatchBuffers::idle() { return view(-1, 0); }
 
 }  // namespace arcus

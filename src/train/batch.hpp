@@ -24,12 +24,13 @@ class BatchBuffers {
   MicroBatch fill(std::span<const std::int32_t> ids, std::span<const std::int32_t> targets,
                   std::int64_t number);
   /// A rank without a micro-batch in this round.
-  MicroBatch idle() const;
+  MicroBatch idle();
 
  private:
-  MicroBatch view(std::int64_t number, std::int64_t num_seqs) const;
+  MicroBatch view(std::int64_t number, std::int64_t num_seqs);
   std::int64_t seq_len_;
   std::vector<std::int32_t> tokens_, ids_, targets_, position_, first_key_;
+  std::vector<std::int64_t> sequence_offsets_;
 };
 
 }  // namespace arcus

@@ -58,13 +58,9 @@ class DomainEvaluator {
                             targets_, bytes_);
     }
     const ArenaScope scope(instance_.saved());
-    PassContext ctx{.stream = instance_.stream(),
-                    .saved = instance_.saved(),
-                    .scratch = instance_.scratch(),
-                    .batch = batch,
-                    .stats = stats_,
-                    .training = false,
-                    .heartbeat = heartbeat_ ? &heartbeat_ : nullptr};
+    PassContext ctx = instance_.pass(batch, stats_);
+    ctx.training = false;
+    if (heartbeat_) ctx.heartbeat = &heartbeat_;
     const DType acc = accumulate_dtype(instance_.options().compute);
     instance_.transformer().evaluate(ctx, instance_.params(), instance_.dispatcher(),
                                      instance_.saved().allocate(acc, 1, batch.num_tokens()));

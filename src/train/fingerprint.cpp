@@ -24,9 +24,12 @@ InstanceOptions small_instance(DType compute, std::int64_t num_experts) {
   o.model.topk = num_experts > 1 ? 2 : 1;
   o.model.expert_ff_size = 64;
   o.model.num_shared_experts = 1;
+  o.model.shared_expert_gate = true;
+  o.model.qkv_bias = true;
   o.model = resolve(o.model, o.model.vocab_size);
   o.routing.renormalize = num_experts > 1;
   o.routing.z_loss = 1e-3;
+  o.routing.gate_bias = true;
   o.weight_decay = 0.1;
   return o;
 }
@@ -54,11 +57,7 @@ void hash_step(const InstanceOptions& options, int num_threads, StreamHash& hash
   batch.weight = 1;
   MicroBatchStats stats = instance.transformer().make_stats();
   auto workspace = instance.transformer().make_workspace();
-  PassContext ctx{.stream = stream,
-                  .saved = instance.saved(),
-                  .scratch = instance.scratch(),
-                  .batch = batch,
-                  .stats = stats};
+  PassContext ctx = instance.pass(batch, stats);
   instance.transformer().train(ctx, instance.params(), instance.dispatcher(), workspace, false);
   const auto add = [&](const TensorView& view) {
     hash.update(view.data, static_cast<std::size_t>(view.size()) * size_of(view.dtype));

@@ -110,13 +110,9 @@ class Decoder {
                            .seq_len = 1,
                            .ids = {ids_.data(), DType::i32, 1, rows},
                            .position = {position_.data(), DType::i32, 1, rows}};
-    PassContext ctx{.stream = instance_.stream(),
-                    .saved = instance_.saved(),
-                    .scratch = instance_.scratch(),
-                    .batch = batch,
-                    .stats = stats_,
-                    .training = false,
-                    .step = position};
+    PassContext ctx = instance_.pass(batch, stats_);
+    ctx.training = false;
+    ctx.step = position;
     instance_.transformer().decode(ctx, instance_.params(), instance_.dispatcher(), caches_,
                                    logits.row_range(0, rows));
   }

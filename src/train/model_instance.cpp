@@ -8,23 +8,51 @@
 namespace arcus {
 namespace {
 
+/// Calls fn(routing) for every MoE layer.
+template <class Fn>
+void for_each_routing(const InstanceOptions& o, Fn&& fn) {
+  for (std::int64_t l = o.model.first_k_dense; l < o.model.num_layers; ++l) {
+    fn(routing_of_layer(o.model, o.routing, o.overrides, l));
+  }
+}
+
+/// Most slots of any layer.
+std::int64_t max_slots(const InstanceOptions& o) {
+  std::int64_t slots = 1;
+  for_each_routing(o, [&](const LayerRouting& layer) {
+    ModelConfig model = o.model;
+    model.topk = layer.topk;
+    slots = std::max(slots, num_slots(model, layer.routing));
+  });
+  return slots;
+}
+
+/// Most rows per expert and micro-batch in any layer; 0 = no limit. Evaluation uses the same
+/// dispatcher, so the looser limit counts.
+std::int64_t loosest_capacity(const InstanceOptions& o) {
+  std::int64_t most = 1;
+  bool dropless = false;
+  for_each_routing(o, [&](const LayerRouting& layer) {
+    const auto add = [&](double factor) {
+      const std::int64_t capacity =
+          expert_capacity(factor, layer.routing.min_capacity, layer.topk,
+                          o.micro_batch_seqs * o.seq_len, o.model.num_experts);
+      dropless = dropless || capacity == 0;
+      most = std::max(most, capacity);
+    };
+    if (o.training) add(layer.routing.capacity_factor);
+    add(layer.routing.eval_capacity_factor);
+  });
+  return dropless || o.model.first_k_dense >= o.model.num_layers ? 0 : most;
+}
+
 DispatcherOptions dispatcher_options(const InstanceOptions& o) {
-  const std::int64_t tokens = o.micro_batch_seqs * o.seq_len;
-  const auto capacity = [&](double factor) {
-    return expert_capacity(factor, o.routing.min_capacity, o.model.topk, tokens,
-                           o.model.num_experts);
-  };
-  const std::int64_t train = o.training ? capacity(o.routing.capacity_factor) : 0;
-  const std::int64_t eval = capacity(o.routing.eval_capacity_factor);
-  // Evaluation uses the same dispatcher, so the looser of the two limits counts.
-  const std::int64_t most =
-      o.training ? (train == 0 || eval == 0 ? 0 : std::max(train, eval)) : eval;
   return {.num_experts = o.model.num_experts,
-          .max_tokens = tokens,
-          .slots_per_token = o.model.topk,
+          .max_tokens = o.micro_batch_seqs * o.seq_len,
+          .slots_per_token = max_slots(o),
           .hidden_size = o.model.hidden_size,
           .dtype = o.compute,
-          .capacity = most};
+          .capacity = loosest_capacity(o)};
 }
 
 ParamRegistry make_registry(const ProcessGroups& groups, const InstanceOptions& o) {
@@ -38,9 +66,11 @@ ModelInstance::ModelInstance(ProcessGroups groups, Stream& stream, const Instanc
     : options_(options),
       groups_(std::move(groups)),
       stream_(&stream),
-      registry_(make_registry(groups_, options)) {
-  transformer_ = std::make_unique<Transformer>(
-      options.model, options.routing, options.training ? micro_batch_tokens() : 0, registry_);
+      registry_(make_registry(groups_, options)),
+      balance_(options.model, options.routing, options.overrides) {
+  transformer_ =
+      std::make_unique<Transformer>(options.model, options.routing, options.overrides,
+                                    options.training ? micro_batch_tokens() : 0, registry_);
   apply_groups();
   params_ =
       std::make_unique<ParamStore>(registry_, options.compute, options.sum_dtype, options.training);
@@ -55,28 +85,50 @@ ModelInstance::ModelInstance(ProcessGroups groups, Stream& stream, const Instanc
   }
 }
 
+PassContext ModelInstance::pass(const MicroBatch& batch, MicroBatchStats& stats) {
+  return {.stream = *stream_,
+          .saved = *saved_,
+          .scratch = *scratch_,
+          .batch = batch,
+          .stats = stats,
+          .seed = options_.seed,
+          .balance = &balance_};
+}
+
 Communicator& ModelInstance::group(FlatId flat) {
   return flat == FlatId::expert_compute ? *groups_.edp : *groups_.world;
 }
 
 void ModelInstance::apply_groups() {
+  std::vector<bool> matched(options_.groups.size());
   for (ParamRow& row : registry_.mutable_rows()) {
     // Decay applies to tensors of two or more dimensions.
     const bool matrix = row.shape.size() >= (row.kind == ParamKind::expert ? 3U : 2U);
-    row.weight_decay = matrix ? options_.weight_decay : 0;
-    for (const ParamGroupConfig& group : options_.groups) {
+    const double usual_decay = matrix ? options_.weight_decay : 0;
+    row.weight_decay = usual_decay;
+    for (std::size_t g = 0; g < options_.groups.size(); ++g) {
+      const ParamGroupConfig& group = options_.groups[g];
       if (!std::regex_search(row.name, std::regex(group.match))) continue;
+      matched[g] = true;
       row.lr_scale = group.lr_scale;
       row.trainable = !group.frozen;
-      if (group.weight_decay >= 0) row.weight_decay = group.weight_decay;
+      row.weight_decay = group.weight_decay >= 0 ? group.weight_decay : usual_decay;
     }
+  }
+  for (std::size_t g = 0; g < matched.size(); ++g) {
+    ARCUS_REQUIRE(
+        matched[g], ExitCode::usage,
+        "train.group.{}.match = \"{}\" is found in no parameter's name; names are such as "
+        "{}, {} and {}",
+        g, options_.groups[g].match, registry_.rows().front().name,
+        registry_.rows()[registry_.rows().size() / 2].name, registry_.rows().back().name);
   }
 }
 
 RoundMemory ModelInstance::round_memory(bool worst) const {
   const std::int64_t tokens = micro_batch_tokens();
   const std::int64_t local = registry_.num_local_experts();
-  const std::int64_t balanced = tokens * options_.model.topk;
+  const std::int64_t balanced = tokens * dispatcher_->options().slots_per_token;
   const std::int64_t rows =
       worst ? dispatcher_->max_recv_rows() : std::min(balanced, dispatcher_->max_recv_rows());
   const std::int64_t padded =
@@ -126,7 +178,7 @@ std::vector<ByteRow> ModelInstance::byte_rows() const {
   const RoundMemory worst = round_memory(true);
   const auto row_bytes =
       static_cast<std::int64_t>(size_of(options_.compute)) * options_.model.hidden_size;
-  const std::int64_t slots = micro_batch_tokens() * options_.model.topk;
+  const std::int64_t slots = micro_batch_tokens() * dispatcher_->options().slots_per_token;
   std::vector<ByteRow> rows{{"parameters", params_->value_bytes(), params_->value_bytes()}};
   if (options_.training) {
     rows.push_back({"gradient sums", params_->sum_bytes(), params_->sum_bytes()});
@@ -161,6 +213,7 @@ std::vector<StateView> ModelInstance::parameter_views() {
     }
     views.push_back(std::move(view));
   }
+  for (StateView& view : balance_.state()) views.push_back(std::move(view));
   return views;
 }
 

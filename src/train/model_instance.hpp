@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "comm/token_dispatcher.hpp"
+#include "src/model/balance_state.hpp"
 #include "src/model/transformer.hpp"
 #include "src/train/config.hpp"
 #include "src/train/shards.hpp"
@@ -14,6 +15,7 @@ namespace arcus {
 struct InstanceOptions {
   ModelConfig model;  ///< resolved
   RoutingConfig routing;
+  std::vector<RoutingOverride> overrides;  ///< layers that route in another way
   DType compute = DType::f32;
   DType sum_dtype = DType::i64;
   bool training = true;
@@ -49,6 +51,9 @@ class ModelInstance {
   Stream& stream() { return *stream_; }
   Arena& saved() { return *saved_; }
   Arena& scratch() { return *scratch_; }
+  BalanceState& balance() { return balance_; }
+  /// For a pass over `batch`: this rank's memory, seed and balancing state.
+  PassContext pass(const MicroBatch& batch, MicroBatchStats& stats);
 
   std::int64_t micro_batch_tokens() const { return options_.micro_batch_seqs * options_.seq_len; }
   const FlatShards& shards(FlatId flat) const { return shards_[index_of(flat)]; }
@@ -71,8 +76,9 @@ class ModelInstance {
   PrimitiveReport build_primitives();
   /// Parameters, sums and activations; not the optimizer.
   std::vector<ByteRow> byte_rows() const;
-  /// All rows that this rank holds of every parameter, for reading a checkpoint without an
-  /// optimizer. bf16 models read into `staging`; call finish_reading afterwards.
+  /// All rows that this rank holds of every parameter, and the balancing state, for reading a
+  /// checkpoint without an optimizer. bf16 models read into `staging`; call finish_reading
+  /// afterwards.
   std::vector<StateView> parameter_views();
   void finish_reading();
 
@@ -84,6 +90,7 @@ class ModelInstance {
   ProcessGroups groups_;
   Stream* stream_;
   ParamRegistry registry_;
+  BalanceState balance_;
   std::unique_ptr<Transformer> transformer_;
   std::unique_ptr<ParamStore> params_;
   std::unique_ptr<TokenDispatcher> dispatcher_;

@@ -75,7 +75,7 @@ TrainPlan make_plan(const TrainerOptions& options, int num_ranks, std::int64_t e
   const Optimizer optimizer(instance, options.train);
 
   plan.total_parameters = instance.registry().total_parameters();
-  plan.active_parameters = instance.registry().active_parameters(options.model.topk);
+  plan.active_parameters = instance.registry().active_parameters();
   const ExpertPartition experts(options.model.num_experts, plan.ep_size);
   for (int r = 0; r < plan.ep_size; ++r) plan.experts_per_rank.push_back(experts.count(r));
   plan.tokens_per_step = options.train.global_batch_seqs * options.train.seq_len;

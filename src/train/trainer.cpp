@@ -13,6 +13,7 @@ namespace arcus {
 InstanceOptions instance_options(const TrainerOptions& o) {
   return {.model = o.model,
           .routing = o.routing,
+          .overrides = o.overrides,
           .compute = dtype_from_name(o.train.dtype),
           .sum_dtype = o.reproducible ? DType::i64 : DType::f32,
           .training = true,
@@ -40,9 +41,13 @@ Trainer::Trainer(ModelInstance& instance, const TrainerOptions& options)
   for (std::size_t r = 0; r < ranks; ++r) {
     gather_offsets_.push_back(static_cast<std::int64_t>(r) * part);
   }
-  const auto layers = static_cast<std::size_t>(options.model.num_layers);
-  counts_.resize(layers * (static_cast<std::size_t>(options.model.num_experts) + 1) + 2 * ranks +
+  counts_.resize(dropped_begin() + static_cast<std::size_t>(options.model.num_layers) + 2 * ranks +
                  1);
+}
+
+/// Where the dropped assignments stand in counts_: behind demand and score counts.
+std::size_t Trainer::dropped_begin() const {
+  return stats_.demand.size() + stats_.score_counts.size();
 }
 
 /// Token loss, then aux, z and entropy of every layer.
@@ -64,6 +69,7 @@ std::vector<StateView> Trainer::state() {
   std::vector<StateView> views = optimizer_.state();
   const char* const names[kNumCounters] = {"counters/steps_done", "counters/updates",
                                            "counters/bad_steps_in_a_row"};
+  for (StateView& view : instance_->balance().state()) views.push_back(std::move(view));
   for (std::size_t i = 0; i < kNumCounters; ++i) {
     StateView& view = views.emplace_back();
     view.spec.name = names[i];
@@ -88,15 +94,10 @@ void Trainer::run_round(const BatchSampler& sampler, std::int64_t round) {
     batch.loss_scale = 1.0 / static_cast<double>(train.global_batch_seqs * train.seq_len);
     batch.weight = 1.0 / static_cast<double>(schedule_.num_micro_batches);
   }
-  PassContext ctx{.stream = instance_->stream(),
-                  .saved = instance_->saved(),
-                  .scratch = instance_->scratch(),
-                  .batch = batch,
-                  .stats = stats_,
-                  .training = true,
-                  .step = counters_[kStepsDone],
-                  .observer = number >= 0 && observer_ ? &observer_ : nullptr,
-                  .heartbeat = heartbeat_ ? &layer_heartbeat_ : nullptr};
+  PassContext ctx = instance_->pass(batch, stats_);
+  ctx.step = counters_[kStepsDone];
+  if (number >= 0 && observer_) ctx.observer = &observer_;
+  if (heartbeat_) ctx.heartbeat = &layer_heartbeat_;
   instance_->transformer().train(ctx, instance_->params(), instance_->dispatcher(), workspace_,
                                  train.recompute);
   // Into this rank's part of the gathered records, and onto the step's counts.
@@ -107,10 +108,14 @@ void Trainer::run_round(const BatchSampler& sampler, std::int64_t round) {
     for (std::size_t l = 0; l < layers; ++l) *record++ = number >= 0 ? (*values)[l] : 0;
   }
   if (number >= 0) {
-    for (std::size_t i = 0; i < stats_.demand.size(); ++i) counts_[i] += stats_.demand[i];
-    for (std::size_t l = 0; l < layers; ++l) counts_[stats_.demand.size() + l] += stats_.dropped[l];
+    const auto add = [this](std::size_t begin, const std::vector<std::int64_t>& values) {
+      for (std::size_t i = 0; i < values.size(); ++i) counts_[begin + i] += values[i];
+    };
+    add(0, stats_.demand);
+    add(stats_.demand.size(), stats_.score_counts);
+    add(dropped_begin(), stats_.dropped);
   }
-  counts_[stats_.demand.size() + layers + static_cast<std::size_t>(rank)] +=
+  counts_[dropped_begin() + layers + static_cast<std::size_t>(rank)] +=
       std::accumulate(stats_.recv_rows.begin(), stats_.recv_rows.end(), std::int64_t{0});
 }
 
@@ -155,7 +160,7 @@ void Trainer::reduce_counts(std::int64_t sent_before, double comm_before) {
     LayerMetrics& layer = metrics_.layers[l];
     const auto demand = std::span(counts_).subspan(l * experts, experts);
     layer.tokens_per_expert.assign(demand.begin(), demand.end());
-    layer.dropped = counts_[stats_.demand.size() + l];
+    layer.dropped = counts_[dropped_begin() + l];
     const auto total = std::accumulate(demand.begin(), demand.end(), std::int64_t{0});
     const auto most = *std::max_element(demand.begin(), demand.end());
     layer.max_mean_load = total > 0 ? static_cast<double>(most) * static_cast<double>(experts) /
@@ -241,6 +246,11 @@ const StepMetrics& Trainer::step(const BatchSampler& sampler, StepRequests& requ
   gather_scalars();
   update(agree(requests));
   reduce_counts(sent_before, comm_before);
+  if (metrics_.applied) {
+    const auto counts = std::span<const std::int64_t>(counts_);
+    instance_->balance().update(counts.first(stats_.demand.size()),
+                                counts.subspan(stats_.demand.size(), stats_.score_counts.size()));
+  }
   ++counters_[kStepsDone];
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
   metrics_.timing.step_ms = seconds.count() * 1e3;

@@ -18,6 +18,7 @@ namespace arcus {
 struct TrainerOptions {
   ModelConfig model;
   RoutingConfig routing;
+  std::vector<RoutingOverride> overrides;
   TrainConfig train;
   std::vector<ParamGroupConfig> groups;
   std::uint64_t seed = 1;
@@ -47,8 +48,8 @@ class Trainer {
   const StepMetrics& metrics() const { return metrics_; }
   /// Starting values; not needed after loading a checkpoint.
   void initialize();
-  /// Logical state for checkpoints: weights, moments, counters. After reading into it call
-  /// `finish_reading`.
+  /// Logical state for checkpoints: weights, moments, balancing state, counters. After reading into
+  /// it call `finish_reading`.
   std::vector<StateView> state();
   void finish_reading();
 
@@ -76,6 +77,7 @@ class Trainer {
   void update(std::int64_t bad_leaf);
   void skip(const std::string& where);
   std::int64_t record_size() const;
+  std::size_t dropped_begin() const;
 
   ModelInstance* instance_;
   TrainerOptions options_;
@@ -86,8 +88,8 @@ class Trainer {
   MicroBatchStats stats_;
   StepMetrics metrics_;
   std::vector<double> scalars_;       ///< [rank, round, record]
-  std::vector<std::int64_t> counts_;  ///< [L * E] demand, [L] dropped, [ranks] rows,
-                                      ///< [ranks] communication in us, bytes sent
+  std::vector<std::int64_t> counts_;  ///< [L * E] demand, [L * E] score counts, [L] dropped,
+                                      ///< [ranks] rows, [ranks] communication in us, bytes sent
   std::vector<std::int64_t> gather_counts_, gather_offsets_;
   std::vector<std::int64_t> counters_ = std::vector<std::int64_t>(kNumCounters, 0);
   RoutingObserver observer_;

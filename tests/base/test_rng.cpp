@@ -70,6 +70,38 @@ TEST(Rng, NormalNumbersHaveTheirMomentsAndAddresses) {
   EXPECT_NEAR(fourth / n, 3, 5 * std::sqrt(96 / n));
 }
 
+TEST(Rng, UniformsAreTheSameNumbersInARow) {
+  const Rng rng(5, "test", "uniforms");
+  // Across the carry into the counter's second word, and of every length up to a wide loop's.
+  const std::uint64_t low = (std::uint64_t{1} << 32) - 20;
+  for (std::size_t count = 0; count < 70; ++count) {
+    std::vector<float> row(count, -1.0F);
+    rng.uniforms(std::uint64_t{7} << 33, low, row);
+    for (std::size_t i = 0; i < count; ++i) {
+      ASSERT_EQ(row[i], rng.uniform(std::uint64_t{7} << 33, low + i)) << count << ' ' << i;
+    }
+  }
+}
+
+TEST(Rng, NormalsHaveACallSpacePerStep) {
+  const Rng rng(6, "test", "normals");
+  std::set<float> distinct;
+  for (const std::uint64_t step : {std::uint64_t{0}, std::uint64_t{1}, std::uint64_t{1} << 40}) {
+    for (std::uint64_t i = 0; i < 50; ++i) {
+      distinct.insert(rng.normal(step, i));
+      const auto w = rng.words(step, i / 4);
+      const std::size_t pair = i % 4 / 2 * 2;
+      // Box-Muller as published: radius from the first word, angle from the second.
+      const double radius = std::sqrt(-2 * std::log((w[pair] + 1.0) / 4294967296.0));
+      const double angle = 2 * std::acos(-1.0) * w[pair + 1] / 4294967296.0;
+      const double x = i % 2 == 0 ? radius * std::cos(angle) : radius * std::sin(angle);
+      EXPECT_NEAR(rng.normal(step, i), x, 1e-6);
+    }
+  }
+  EXPECT_EQ(distinct.size(), 150U);
+  EXPECT_EQ(rng.normal(3), rng.normal(0, 3));
+}
+
 TEST(KeyedPermutation, IsABijection) {
   for (const std::uint64_t size : {1, 2, 3, 4, 5, 7, 16, 17, 255, 256, 257, 1000, 65536, 65537}) {
     for (const std::uint64_t key : {0, 1, 99}) {

@@ -5,13 +5,37 @@
 #include <string>
 #include <vector>
 
+#include "kernels/balance.hpp"
 #include "kernels/gate.hpp"
+#include "kernels/select.hpp"
 #include "tests/kernels/op_test.hpp"
+#include "tests/support/routing_reference.hpp"
 
 /// The gate's ops on matrices that own their elements, and the situations that they are tested in.
 namespace arcus::test {
 
 using Longs = Matrix<std::int64_t>;
+
+/// For the references.
+template <class T>
+reference::Table table(const Matrix<T>& from) {
+  reference::Table to(static_cast<std::size_t>(from.rows()));
+  for (std::int64_t i = 0; i < from.rows(); ++i) {
+    for (std::int64_t j = 0; j < from.cols(); ++j) {
+      to[static_cast<std::size_t>(i)].push_back(to_double(from.at(i, j)));
+    }
+  }
+  return to;
+}
+inline reference::Choices choices(const Ints& from) {
+  reference::Choices to(static_cast<std::size_t>(from.rows()));
+  for (std::int64_t i = 0; i < from.rows(); ++i) {
+    for (std::int64_t j = 0; j < from.cols(); ++j) {
+      to[static_cast<std::size_t>(i)].push_back(from.at(i, j));
+    }
+  }
+  return to;
+}
 
 // ---- scores ----------------------------------------------------------------------------------
 
@@ -67,14 +91,14 @@ struct Capacity {
   Longs demand;
 };
 template <class A>
-Capacity apply(Stream& stream, const Ints& topk_idx, const Matrix<A>& s, std::int64_t capacity,
+Capacity apply(Stream& stream, const Ints& wanted, const Matrix<A>& s, std::int64_t capacity,
                DropPolicy policy) {
-  Capacity r{Ints(topk_idx.rows(), topk_idx.cols(), 1), Longs(1, s.cols())};
-  Longs scratch(1, 2 * std::max(topk_idx.rows() * topk_idx.cols(), s.cols()));
+  Capacity r{Ints(wanted.rows(), wanted.cols(), 1), Longs(1, s.cols())};
+  Longs scratch(1, 2 * std::max(wanted.rows() * wanted.cols(), s.cols()));
   apply_capacity(stream, {.expert_of_slot = r.expert_of_slot,
                           .demand = r.demand,
                           .scratch = scratch,
-                          .topk_idx = topk_idx,
+                          .wanted = wanted,
                           .s = s,
                           .num_experts = s.cols(),
                           .capacity = capacity,
@@ -123,27 +147,40 @@ inline std::vector<Options> all_options(std::int64_t tokens) {
   return all;
 }
 
+/// Offsets of groups of `tokens_per_group` consecutive tokens, the last one short.
+inline std::vector<std::int64_t> group_offsets(std::int64_t tokens, std::int64_t tokens_per_group) {
+  std::vector<std::int64_t> offsets{0};
+  while (offsets.back() < tokens) {
+    offsets.push_back(std::min(tokens, offsets.back() + tokens_per_group));
+  }
+  return offsets;
+}
+
 struct Statistics {
   double aux = -1, z_loss = -1, entropy = -1;
+  Longs counts;
   Doubles fraction;
 };
 template <class A>
 Statistics statistics(Stream& stream, const Scores<A>& r, std::int64_t topk,
                       std::int64_t tokens_per_group) {
   Statistics out;
-  const std::int64_t groups =
-      r.s.rows() == 0 ? 0 : (r.s.rows() + tokens_per_group - 1) / tokens_per_group;
-  Matrix<A> fraction(groups, r.s.cols());
-  Doubles scratch(1, 2 * r.s.cols() + topk);
-  gate_statistics(stream, {.aux = &out.aux,
-                           .z_loss = &out.z_loss,
+  out.counts = Longs(1, r.s.cols());
+  gate_statistics(stream, {.z_loss = &out.z_loss,
                            .entropy = &out.entropy,
-                           .fraction = fraction,
-                           .scratch = scratch,
+                           .counts = out.counts,
                            .s = r.s,
                            .lse = r.lse,
-                           .topk = topk,
-                           .tokens_per_group = tokens_per_group});
+                           .topk = topk});
+  const auto offsets = group_offsets(r.s.rows(), tokens_per_group);
+  Matrix<A> fraction(std::ssize(offsets) - 1, r.s.cols());
+  Doubles scratch(1, 2 * r.s.cols());
+  aux_loss(stream, {.aux = &out.aux,
+                    .fraction = fraction,
+                    .scratch = scratch,
+                    .s = r.s,
+                    .group_offsets = offsets,
+                    .topk = topk});
   out.fraction = widened(fraction);
   return out;
 }
@@ -167,21 +204,24 @@ Matrix<A> backward(Stream& stream, const Matrix<A>& z, const Scores<A>& r, const
                    const Ints& kept, const Matrix<A>& dweight, const Matrix<A>& fraction,
                    const Options& o) {
   Matrix<A> dz(z.rows(), z.cols(), 3);
-  gate_backward(stream, {.dz = dz,
-                         .dweight = dweight,
-                         .s = r.s,
-                         .lse = r.lse,
-                         .z = z,
-                         .topk_idx = topk_idx,
-                         .expert_of_slot = kept,
-                         .fraction = fraction,
-                         .score = o.score,
-                         .renormalize = o.renormalize,
-                         .renormalize_after_drop = o.renormalize_after_drop,
-                         .scale = o.scale,
-                         .aux_coeff = o.aux_coeff,
-                         .z_coeff = o.z_coeff,
-                         .tokens_per_group = o.tokens_per_group});
+  combine_weights_backward(stream, {.ds = dz,
+                                    .dweight = dweight,
+                                    .s = r.s,
+                                    .topk_idx = topk_idx,
+                                    .expert_of_slot = kept,
+                                    .renormalize = o.renormalize,
+                                    .renormalize_after_drop = o.renormalize_after_drop,
+                                    .scale = o.scale});
+  if (o.aux_coeff != 0) {
+    aux_loss_backward(stream, {.ds = dz,
+                               .s = r.s,
+                               .fraction = fraction,
+                               .group_offsets = group_offsets(z.rows(), o.tokens_per_group),
+                               .coeff = o.aux_coeff});
+  }
+  gate_scores_backward(
+      stream, {.dz = dz, .s = r.s, .lse = r.lse, .z = z, .score = o.score, .z_coeff = o.z_coeff});
+  EXPECT_TRUE(dz.padding_untouched());
   return dz;
 }
 

@@ -138,14 +138,22 @@ constexpr double unit_roundoff() {
   return std::is_same_v<T, double> ? 0x1p-53 : std::is_same_v<T, bf16> ? 0x1p-8 : 0x1p-24;
 }
 
+/// Largest |element|, the padding's marks left out.
+inline double largest_magnitude(const Doubles& m) {
+  double largest = 0;
+  for (std::int64_t i = 0; i < m.rows(); ++i) {
+    for (std::int64_t j = 0; j < m.cols(); ++j) largest = std::max(largest, std::abs(m.at(i, j)));
+  }
+  return largest;
+}
+
 /// |actual - expected| <= tolerance * (largest |expected| of the matrix, at least 1e-3).
 template <class T>
 void expect_near(const Matrix<T>& actual, const Doubles& expected, double tolerance,
                  const std::string& what) {
   ASSERT_EQ(actual.rows(), expected.rows()) << what;
   ASSERT_EQ(actual.cols(), expected.cols()) << what;
-  double scale = 1e-3;
-  for (const double value : expected.data()) scale = std::max(scale, std::abs(value));
+  const double scale = std::max(1e-3, largest_magnitude(expected));
   double worst = 0;
   for (std::int64_t i = 0; i < actual.rows(); ++i) {
     for (std::int64_t j = 0; j < actual.cols(); ++j) {
@@ -167,8 +175,7 @@ void expect_gradient(Doubles& x, const Doubles& gradient, Loss&& loss, const std
   ASSERT_EQ(x.rows(), gradient.rows()) << what;
   ASSERT_EQ(x.cols(), gradient.cols()) << what;
   const double h = std::pow(std::numeric_limits<double>::epsilon(), 0.2);
-  double scale = std::abs(loss()) + 1e-3;
-  for (const double g : gradient.data()) scale = std::max(scale, std::abs(g));
+  const double scale = std::max(std::abs(loss()) + 1e-3, largest_magnitude(gradient));
   for (std::int64_t i = 0; i < x.rows(); ++i) {
     for (std::int64_t j = 0; j < x.cols(); ++j) {
       const double before = x.at(i, j);

@@ -66,7 +66,7 @@ TEST(GateBackward, DroppedExpertsIgnoreTheirGradient) {
   const Options o{.renormalize = true, .tokens_per_group = 7, .capacity = 3};
   Gate g(stream, 7, 5, 2, o);
   const auto r = scores<double>(stream, g.z, o.score);
-  const Doubles fraction = filled<double>(1, 5, 0);
+  const Doubles fraction = filled<double>(1, 5, 0);  // no aux loss here
   const Doubles before =
       widened(backward<double>(stream, g.z, r, g.topk_idx, g.kept, g.dweight, fraction, o));
   for (std::int64_t t = 0; t < 7; ++t) {

@@ -214,6 +214,11 @@ TEST_F(TrainingCommand, MistakesUnderALauncherAreReportedOnceWithTheirCode) {
       {train("bad", "--set model.vocab_size=100"), 65, "vocabulary of 256"},
       {train("bad", "--set train.seq_len=100000"), 65, "train.seq_len"},
       {train("bad", "--set data.domain.0.name=verbs"), 64, "verbs"},
+      {train("bad", "--set parallel.threads=100000"), 64, "parallel.threads is 100000, but"},
+      {train("bad", "--set 'train.group=[{match=\"embedd\"}]'"), 64,
+       "found in no parameter's name"},
+      {train("bad", "--set model.hidden_size=16777216 --set model.num_experts=16777216"), 64,
+       "the model would have"},
       {train("bad", "--resume nope"), 64, "--resume nope: no such checkpoint or run folder"},
       {"train no-such-file.toml", 64, "no-such-file.toml: No such file"},
       {"eval /no/such/run", 66, "/no/such/run"},
@@ -225,6 +230,41 @@ TEST_F(TrainingCommand, MistakesUnderALauncherAreReportedOnceWithTheirCode) {
     const auto first = result.out.find("arcus: error: ");
     EXPECT_NE(first, std::string::npos) << result.out;
     EXPECT_EQ(result.out.find("arcus: error: ", first + 1), std::string::npos) << result.out;
+  }
+}
+
+TEST_F(TrainingCommand, ARunWithoutItsCheckpointsStartsAfreshAndKeepsTheOldMetrics) {
+  const std::string two_steps = "--set train.steps=2 --set train.warmup_steps=1";
+  ASSERT_EQ(arcus(0, train("orphan", two_steps)).code, 0);
+  fs::remove_all(run_dir("orphan") / "checkpoints");
+  const ShellResult again = arcus(0, train("orphan", two_steps));
+  EXPECT_EQ(again.code, 0) << again.out;
+  EXPECT_TRUE(contains(again.out, "moved ")) << again.out;
+  EXPECT_TRUE(fs::exists(run_dir("orphan") / "metrics.jsonl-1"));
+}
+
+TEST_F(TrainingCommand, ADivergedRunGivesUpNoOlderCheckpoint) {
+  const std::string some =
+      "--set checkpoint.every=3 --set checkpoint.keep=2 --set train.warmup_steps=0";
+  ASSERT_EQ(arcus(0, train("given_up", some + " --set train.steps=6")).code, 0);
+  for (int attempt = 0; attempt < 3; ++attempt) {
+    const ShellResult again =
+        arcus(0, train("given_up", some + " --set train.lr=1e30 --set train.grad_clip=0 --set "
+                                          "run.max_bad_steps=1 --set train.steps=50"));
+    EXPECT_EQ(again.code, 64) << again.out;
+  }
+  for (const char* good : {"step-00000003", "step-00000006"}) {
+    EXPECT_TRUE(fs::exists(run_dir("given_up") / "checkpoints" / good)) << good;
+  }
+}
+
+TEST_F(TrainingCommand, OutputThatCannotBeWrittenIsAnError) {
+  if (!fs::exists("/dev/full")) GTEST_SKIP() << "no /dev/full";
+  for (const std::string& command : {"inspect --held-out words " + data(),
+                                     "inspect --json " + data(), train("planned", "--plan")}) {
+    const ShellResult result = arcus(0, command + " >/dev/full");
+    EXPECT_EQ(result.code, 64) << command << "\n" << result.out;
+    EXPECT_TRUE(contains(result.out, "No space left")) << result.out;
   }
 }
 

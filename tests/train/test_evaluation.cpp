@@ -37,12 +37,8 @@ std::vector<float> losses_with_padding(std::int64_t seq_len, std::int64_t declar
   batch.num_padding_tokens = declared;
   MicroBatchStats stats = instance.transformer().make_stats();
   std::vector<float> losses(static_cast<std::size_t>(seq_len));
-  PassContext ctx{.stream = stream,
-                  .saved = instance.saved(),
-                  .scratch = instance.scratch(),
-                  .batch = batch,
-                  .stats = stats,
-                  .training = false};
+  PassContext ctx = instance.pass(batch, stats);
+  ctx.training = false;
   const RoutingObserver observer = [&](std::int64_t, const MicroBatch&, const Routing& routing) {
     EXPECT_EQ(routing.topk_idx.rows, seq_len);
     for (std::int64_t t = seq_len - declared; t < seq_len; ++t) {

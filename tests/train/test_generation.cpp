@@ -69,12 +69,8 @@ TEST(Generation, KvCacheAgreesWithAFullForwardPass) {
   const MicroBatch batch = buffers.fill(ids, targets, 0);
   MicroBatchStats stats = whole.transformer().make_stats();
   std::vector<float> losses(12);
-  PassContext ctx{.stream = stream,
-                  .saved = whole.saved(),
-                  .scratch = whole.scratch(),
-                  .batch = batch,
-                  .stats = stats,
-                  .training = false};
+  PassContext ctx = whole.pass(batch, stats);
+  ctx.training = false;
   whole.transformer().evaluate(ctx, whole.params(), whole.dispatcher(),
                                {losses.data(), DType::f32, 1, 12});
 

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include "tests/support/routing_cases.hpp"
 #include "tests/support/training_fixture.hpp"
 
 namespace arcus::testing {
@@ -38,7 +39,8 @@ const Variant kVariants[] = {
 
 constexpr std::int64_t kSteps = 20;
 
-class Layout : public ::testing::TestWithParam<Variant> {
+/// Runs of one data set on any layout.
+class LayoutTest : public ::testing::Test {
  protected:
   static void SetUpTestSuite() {
     folder_ = std::make_unique<TemporaryFolder>("arcus_layout");
@@ -48,15 +50,11 @@ class Layout : public ::testing::TestWithParam<Variant> {
     dataset_.reset();
     folder_.reset();
   }
-  static TrainerOptions options() {
-    TrainerOptions o = small_training();
-    GetParam().change(o);
-    return o;
-  }
-  std::vector<std::string> on_threads(int ranks, int ep_size, const TrainerOptions& o) {
+  std::vector<std::string> on_threads(int ranks, int ep_size, const TrainerOptions& o,
+                                      std::int64_t steps = kSteps) {
     std::vector<std::string> lines;
     run_on_threads(ranks, {}, [&](Communicator& world) {
-      auto mine = trace_of_run(world, ep_size, o, *dataset_, kSteps);
+      auto mine = trace_of_run(world, ep_size, o, *dataset_, steps);
       if (world.rank() == 0) lines = std::move(mine);
     });
     return lines;
@@ -64,6 +62,35 @@ class Layout : public ::testing::TestWithParam<Variant> {
   static inline std::unique_ptr<TemporaryFolder> folder_;
   static inline std::unique_ptr<TokenDataset> dataset_;
 };
+
+class Layout : public LayoutTest, public ::testing::WithParamInterface<Variant> {
+ protected:
+  static TrainerOptions options() {
+    TrainerOptions o = small_training();
+    GetParam().change(o);
+    return o;
+  }
+};
+
+/// Every row of the routing tables.
+class RoutingLayout : public LayoutTest, public ::testing::WithParamInterface<RoutingCase> {};
+
+TEST_P(RoutingLayout, SameBitsOnAnyRanksAndEp) {
+  TrainerOptions o = small_training();
+  GetParam().apply(o.model, o.routing);
+  constexpr std::int64_t kFew = 4;
+  auto self = make_self_communicator();
+  const auto reference = trace_of_run(*self, 1, o, *dataset_, kFew);
+  EXPECT_EQ(trace_of_run(*self, 1, o, *dataset_, kFew, 2), reference) << "2 threads";
+  for (const auto& [ranks, ep] : {std::pair{2, 2}, std::pair{3, 3}, std::pair{4, 2}}) {
+    EXPECT_EQ(on_threads(ranks, ep, o, kFew), reference) << ranks << " ranks, EP " << ep;
+  }
+  o.train.recompute = true;
+  EXPECT_EQ(trace_of_run(*self, 1, o, *dataset_, kFew), reference) << "recomputed";
+}
+
+INSTANTIATE_TEST_SUITE_P(Tables, RoutingLayout, ::testing::ValuesIn(routing_cases()),
+                         [](const auto& param) { return param.param.name; });
 
 TEST_P(Layout, SameBitsOnAnyRanksAndEp) {
   const TrainerOptions o = options();

@@ -1,0 +1,245 @@
+// Laws of routing, for every row of the tables: weights, capacity, order of choices and drops,
+// ties, small micro-batches, evaluation without traces, and experts under another numbering.
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <numeric>
+#include <set>
+
+#include "tests/support/model_fixture.hpp"
+#include "tests/support/routing_cases.hpp"
+
+namespace arcus::testing {
+namespace {
+
+/// A model of one MoE layer in f32 and a micro-batch for it.
+class OneLayer {
+ public:
+  OneLayer(const RoutingCase& routing, std::int64_t seqs, std::int64_t seq_len) {
+    small_.model.num_layers = 1;
+    small_.model.num_experts = 8;
+    small_.model.hidden_size = 16;
+    small_.micro_batch_seqs = seqs;
+    small_.seq_len = seq_len;
+    small_.num_micro_batches = 1;
+    routing.apply(small_.model, small_.routing);
+    validate(small_.model, small_.routing);
+    world_ = make_self_communicator();
+    instance_ = std::make_unique<ModelInstance>(self_groups(*world_), stream_,
+                                                small_.options(DType::f32, DType::i64));
+    instance_->initialize_parameters();
+    for (const ParamRow& row : instance_->registry().rows()) {
+      if (row.name.find("mlp.gate.weight") == std::string::npos) continue;
+      auto* gate = instance_->params().flat_values(row.flat).as<float>() + row.offset;
+      std::for_each_n(gate, row.unit_elements(), [](float& w) { w *= 30; });
+    }
+  }
+
+  /// One pass; calls `check` with the layer's routing. Returns the token losses in evaluation.
+  std::vector<float> run(bool training,
+                         const std::function<void(const MicroBatch&, const Routing&)>& check) {
+    BatchBuffers buffers(small_.micro_batch_seqs, small_.seq_len);
+    const MicroBatch batch = synthetic_batch(buffers, instance_->options(), 0);
+    stats_ = instance_->transformer().make_stats();
+    PassContext ctx = instance_->pass(batch, stats_);
+    ctx.training = training;
+    const RoutingObserver observer = [&](std::int64_t, const MicroBatch& seen, const Routing& r) {
+      check(seen, r);
+    };
+    ctx.observer = &observer;
+    std::vector<float> losses(static_cast<std::size_t>(batch.num_tokens()));
+    if (training) {
+      auto workspace = instance_->transformer().make_workspace();
+      instance_->params().zero_sums(stream_);
+      instance_->transformer().train(ctx, instance_->params(), instance_->dispatcher(), workspace,
+                                     false);
+    } else {
+      instance_->transformer().evaluate(ctx, instance_->params(), instance_->dispatcher(),
+                                        {losses.data(), DType::f32, 1, batch.num_tokens()});
+    }
+    return losses;
+  }
+
+  /// The rows of a parameter, one per expert.
+  TensorView rows_of(const std::string& suffix) {
+    for (const ParamRow& row : instance_->registry().rows()) {
+      if (!row.name.ends_with(suffix)) continue;
+      const TensorView flat = instance_->params().flat_values(row.flat);
+      const std::int64_t experts = small_.model.num_experts;
+      const bool expert = row.kind == ParamKind::expert;
+      const std::int64_t size = expert ? row.unit_elements() : row.unit_elements() / experts;
+      return {flat.as<float>() + row.offset, DType::f32, experts, size,
+              expert ? row.expert_stride : size};
+    }
+    return {};
+  }
+  void clear_gate() {
+    const TensorView gate = rows_of("mlp.gate.weight");
+    for (std::int64_t e = 0; e < gate.rows; ++e) std::fill_n(gate.row<float>(e), gate.cols, 0.0F);
+  }
+
+  const SmallModel& small() const { return small_; }
+  const SelectRow& select() const { return find_select(small_.routing.select); }
+  const MicroBatchStats& stats() const { return stats_; }
+  ModelInstance& instance() { return *instance_; }
+
+ private:
+  SmallModel small_;
+  std::unique_ptr<Communicator> world_;
+  Stream stream_{1};
+  std::unique_ptr<ModelInstance> instance_;
+  MicroBatchStats stats_;
+};
+
+class RoutingLaws : public ::testing::TestWithParam<RoutingCase> {};
+INSTANTIATE_TEST_SUITE_P(Tables, RoutingLaws, ::testing::ValuesIn(routing_cases()),
+                         [](const auto& param) { return param.param.name; });
+
+void expect_sound(const OneLayer& layer, bool training, const Routing& r) {
+  const ModelConfig& model = layer.small().model;
+  const RoutingConfig& config = layer.small().routing;
+  const std::int64_t tokens = r.topk_idx.rows;
+  const std::int64_t slots = r.topk_idx.cols;
+  ASSERT_EQ(slots, num_slots(model, config));
+  const std::int64_t capacity =
+      expert_capacity(training ? config.capacity_factor : config.eval_capacity_factor,
+                      config.min_capacity, model.topk, tokens, model.num_experts);
+  EXPECT_EQ(r.capacity, capacity);
+  EXPECT_LE(capacity, tokens);
+  std::vector<std::int64_t> kept(static_cast<std::size_t>(model.num_experts));
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    const auto* idx = r.topk_idx.row<std::int32_t>(t);
+    const auto* slot = r.expert_of_slot.row<std::int32_t>(t);
+    const auto* w = r.weight.row<float>(t);
+    const std::set<std::int32_t> distinct(idx, idx + slots);
+    EXPECT_EQ(static_cast<std::int64_t>(distinct.size()), slots) << "token " << t;
+    double sum = 0;
+    bool all = true;
+    for (std::int64_t j = 0; j < slots; ++j) {
+      EXPECT_TRUE(slot[j] == idx[j] || slot[j] == -1);
+      all = all && slot[j] >= 0;
+      sum += static_cast<double>(w[j]);
+      if (slot[j] < 0) {
+        EXPECT_EQ(w[j], 0) << "a dropped choice has weight 0";
+      } else {
+        EXPECT_GT(w[j], 0);
+        ++kept[static_cast<std::size_t>(slot[j])];
+      }
+      if (j > 0 && layer.select().ascending) {
+        EXPECT_LT(idx[j - 1], idx[j]);
+      }
+    }
+    const bool any = std::any_of(slot, slot + slots, [](std::int32_t e) { return e >= 0; });
+    if (config.renormalize && any && (all || config.renormalize_after_drop)) {
+      const double ulp = config.routed_scaling_factor * std::ldexp(1.0, -23);
+      EXPECT_NEAR(sum, config.routed_scaling_factor, static_cast<double>(slots + 2) * ulp);
+    }
+  }
+  for (const std::int64_t count : kept) {
+    if (capacity > 0) {
+      EXPECT_LE(count, capacity);
+    }
+  }
+}
+
+TEST_P(RoutingLaws, WeightsCapacityAndOrderInMicroBatchesOfAnySize) {
+  for (const auto& [seqs, seq_len] :
+       {std::pair{1, 1}, std::pair{1, 2}, std::pair{3, 5}, std::pair{4, 32}}) {
+    OneLayer layer(GetParam(), seqs, seq_len);
+    for (const bool training : {true, false}) {
+      int seen = 0;
+      layer.run(training, [&](const MicroBatch&, const Routing& r) {
+        ++seen;
+        expect_sound(layer, training, r);
+      });
+      EXPECT_EQ(seen, 1);
+    }
+  }
+}
+
+TEST_P(RoutingLaws, DemandCountsWhatWasAskedForAndDropsWhatWasRefused) {
+  OneLayer layer(GetParam(), 4, 16);
+  std::int64_t kept = 0;
+  layer.run(true, [&](const MicroBatch&, const Routing& r) {
+    const auto slots = r.expert_of_slot.span<std::int32_t>();
+    kept = std::count_if(slots.begin(), slots.end(), [](std::int32_t e) { return e >= 0; });
+  });
+  const auto& demand = layer.stats().demand;
+  const auto asked = std::accumulate(demand.begin(), demand.end(), std::int64_t{0});
+  EXPECT_EQ(asked - layer.stats().dropped[0], kept);
+  EXPECT_EQ(layer.stats().dropped[0] > 0, layer.small().routing.capacity_factor > 0);
+  const auto& counts = layer.stats().score_counts;
+  EXPECT_EQ(std::accumulate(counts.begin(), counts.end(), std::int64_t{0}),
+            64 * layer.small().model.topk);
+}
+
+TEST_P(RoutingLaws, EqualLogitsGoToTheLowestExperts) {
+  OneLayer layer(GetParam(), 2, 8);
+  if (layer.small().routing.select == "hash" || layer.small().routing.score == "cosine") return;
+  layer.clear_gate();
+  layer.run(false, [&](const MicroBatch&, const Routing& r) {
+    for (std::int64_t t = 0; t < r.topk_idx.rows; ++t) {
+      for (std::int64_t j = 0; j < r.topk_idx.cols; ++j) {
+        EXPECT_EQ(r.topk_idx.row<std::int32_t>(t)[j], j);
+      }
+    }
+  });
+}
+
+TEST_P(RoutingLaws, EvaluationChangesNoStateAndHearsNoNoise) {
+  OneLayer layer(GetParam(), 2, 8);
+  const auto bits = [&] {
+    std::vector<std::uint8_t> bytes;
+    for (const StateView& view : layer.instance().balance().state()) {
+      const auto* data = static_cast<const std::uint8_t*>(view.slices[0].data);
+      bytes.insert(bytes.end(), data, data + view.spec.num_elements() * size_of(view.spec.dtype));
+    }
+    return bytes;
+  };
+  const auto before = bits();
+  const auto nothing = [](const MicroBatch&, const Routing&) {};
+  const auto once = layer.run(false, nothing);
+  EXPECT_EQ(bits(), before);
+  layer.run(true, nothing);
+  EXPECT_EQ(bits(), before) << "state changes by applied steps alone";
+  EXPECT_EQ(layer.run(false, nothing), once);
+}
+
+// Experts under another numbering, whole groups moved and turned inside: the same tokens go to the
+// same experts, and the model's output is the same but for the order of its sums.
+TEST_P(RoutingLaws, RenumberedExpertsAreTheSameExperts) {
+  OneLayer plain(GetParam(), 2, 16);
+  if (plain.small().routing.select == "hash") return;
+  OneLayer renumbered(GetParam(), 2, 16);
+  const std::vector<std::int64_t> to{5, 4, 7, 6, 1, 0, 3, 2};  // pairs stay together
+  for (const char* name : {"mlp.gate.weight", "mlp.gate.bias", "experts.gate_proj.weight",
+                           "experts.up_proj.weight", "experts.down_proj.weight"}) {
+    const TensorView from = plain.rows_of(name);
+    const TensorView rows = renumbered.rows_of(name);
+    for (std::int64_t e = 0; e < from.rows; ++e) {
+      std::copy_n(from.row<float>(e), from.cols, rows.row<float>(to[static_cast<std::size_t>(e)]));
+    }
+  }
+  std::vector<std::int32_t> expected;
+  std::vector<std::int32_t> got;
+  const auto collect = [](std::vector<std::int32_t>& idx) {
+    return [&idx](const MicroBatch&, const Routing& r) {
+      const auto all = r.topk_idx.span<std::int32_t>();
+      idx.assign(all.begin(), all.end());
+    };
+  };
+  const auto before = plain.run(false, collect(expected));
+  const auto after = renumbered.run(false, collect(got));
+  for (std::int32_t& e : expected) e = static_cast<std::int32_t>(to[static_cast<std::size_t>(e)]);
+  if (plain.select().ascending) {
+    const auto slots = num_slots(plain.small().model, plain.small().routing);
+    for (auto at = expected.begin(); at != expected.end(); at += slots) std::sort(at, at + slots);
+  }
+  EXPECT_EQ(got, expected);
+  // Sums of K rows in another order, then a norm, a head of 11 logits: some ulps of losses ~ 2.4.
+  for (std::size_t t = 0; t < before.size(); ++t) EXPECT_NEAR(after[t], before[t], 2e-5) << t;
+}
+
+}  // namespace
+}  // namespace arcus::testing
