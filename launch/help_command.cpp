@@ -36,10 +36,11 @@ int print_help(const CLI::App& app, const std::string& topic) {
   } else if (const CLI::App* command = find_command(app, topic)) {
     fmt::print("{}", command->help("arcus"));
   } else {
-    ARCUS_FAIL(ExitCode::usage,
-               "no help on \"{}\"; topics are config, routing, exit-codes and the commands that `arcus "
-               "--help` lists",
-               topic);
+    ARCUS_FAIL(
+        ExitCode::usage,
+        "no help on \"{}\"; topics are config, routing, exit-codes and the commands that `arcus "
+        "--help` lists",
+        topic);
   }
   return static_cast<int>(ExitCode::ok);
 }
@@ -47,11 +48,13 @@ int print_help(const CLI::App& app, const std::string& topic) {
 }  // namespace
 
 void add_help_command(CLI::App& app, Action& action) {
-  CLI::App* command = app.add_subcommand("help", "Help on a command, `config`, `routing` or `exit-codes`");
+  CLI::App* command =
+      app.add_subcommand("help", "Help on a command, `config`, `routing` or `exit-codes`");
   auto topic = std::make_shared<std::string>();
-  command->add_option("topic", *topic,
-                      "a command, `config` (every key of a configuration file), `routing` (what goes "
-                      "with what) or `exit-codes`");
+  command->add_option(
+      "topic", *topic,
+      "a command, `config` (every key of a configuration file), `routing` (what goes "
+      "with what) or `exit-codes`");
   command->footer(
       "Examples:\n"
       "  arcus help train\n"
