@@ -110,4 +110,15 @@ struct ColumnQuantiles {
 };
 ARCUS_DECLARE_OP(column_quantiles, ColumnQuantiles)
 
+/// Loss of a predictor of who is chosen: mean over (t, e) of the binary cross-entropy between
+/// sigmoid(logits) and [t is chosen by e]; dlogits = coeff (sigmoid(logits) - chosen) / (T E).
+struct PredictorLoss {
+  double* loss = nullptr;    ///< out, without coefficient; null: not wanted
+  TensorView dlogits;        ///< [T, E] A, or empty
+  ConstTensorView logits;    ///< [T, E] A
+  ConstTensorView topk_idx;  ///< [T, S] i32, -1 = no choice
+  double coeff = 0;
+};
+ARCUS_DECLARE_OP(predictor_loss, PredictorLoss)
+
 }  // namespace arcus

@@ -26,6 +26,7 @@ struct Arguments {
   std::vector<std::string> sets;
   std::int64_t batches = 0;
   bool json = false;
+  bool routing = false;
 };
 
 constexpr const char* kFooter =
@@ -91,7 +92,7 @@ ExitCode run_on_ranks(Session& session, const Arguments& arguments) {
                                     arguments.batches, model.info.step);
   if (!session.is_root()) return ExitCode::ok;
   if (arguments.json) {
-    fmt::print("{}\n", to_json_line(eval));
+    fmt::print("{}\n", to_json_line(eval, arguments.routing));
   } else {
     fmt::print("{}, step {}\n", model.path.string(), model.info.step);
     print_table(eval);
@@ -118,7 +119,10 @@ void add_eval_command(CLI::App& app, Action& action) {
       ->expected(1)
       ->take_all()
       ->type_name("KEY=VALUE");
-  command->add_flag("--json", args->json, "one JSON object, as in metrics.jsonl");
+  CLI::Option* json =
+      command->add_flag("--json", args->json, "one JSON object, as in metrics.jsonl");
+  command->add_flag("--routing", args->routing, "with --json: tokens per expert of every layer")
+      ->needs(json);
   command->footer(kFooter);
   command->callback([&action, args] {
     action = [args] {

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes sure that the Debian packages for a purpose are there, and installs those that are missing
-# where this user may. Purposes: build, test, text (see the lists below).
+# where this user may. Purposes: build, test, text, study (see the lists below).
 #
 #   launch/install-packages.sh build test
 set -eu
@@ -11,14 +11,16 @@ build_packages="g++ make cmake ninja-build pkg-config git
 test_packages="libgtest-dev libbenchmark-dev hdf5-tools python3-numpy python3-h5py"
 # The texts themselves are fetched and unpacked by the quickstart, not installed.
 text_packages="xz-utils libreadline8"
+study_packages="jq gnuplot-nox"
 
 packages_for() {
   case "$1" in
     build) echo $build_packages ;;
     test) echo $test_packages ;;
     text) echo $text_packages ;;
+    study) echo $study_packages ;;
     *)
-      echo "install-packages.sh: unknown purpose $1; there are build, test and text" >&2
+      echo "install-packages.sh: unknown purpose $1; there are build, test, text and study" >&2
       exit 64
       ;;
   esac

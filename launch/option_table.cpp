@@ -207,10 +207,16 @@ std::vector<Option> routing_options() {
       option("expert_bias_rate", &C::expert_bias_rate,
              "step of the bias that evens out the experts without a loss; 0 = off", at_least(0)),
       option("center_bias", &C::center_bias, "keep the mean of that bias at 0"),
+      option(
+          "quantile_rate", &C::quantile_rate,
+          "how fast a bias follows the step's scores so that each expert is chosen equally often",
+          between(0, 1)),
       option("jitter", &C::jitter, "in training the gate's input times U(1 - jitter, 1 + jitter)",
              from_to_below(0, 1)),
       option("noise", &C::noise, "in training learned normal noise on the logits, times this",
              at_least(0)),
+      option("allow_future_leak", &C::allow_future_leak,
+             "accept a selection that looks at later tokens (expert_choice)"),
       option("sinkhorn_iterations", &C::sinkhorn_iterations, "rounds of balancing of \"sinkhorn\"",
              at_least(1))};
 }

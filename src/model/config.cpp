@@ -131,6 +131,17 @@ void validate_losses(const ModelConfig& m, const RoutingConfig& r) {
                 "routing.load_loss ({}) needs model.topk ({}) below model.num_experts ({}); set "
                 "load_loss to 0",
                 r.load_loss, m.topk, m.num_experts);
+  ARCUS_REQUIRE(r.quantile_rate >= 0 && r.quantile_rate <= 1, ExitCode::usage,
+                "routing.quantile_rate is {}; it must be between 0 and 1", r.quantile_rate);
+  ARCUS_REQUIRE(
+      r.quantile_rate == 0 || r.expert_bias_rate == 0, ExitCode::usage,
+      "routing.quantile_rate ({}) and routing.expert_bias_rate ({}) set the same bias; set "
+      "one of them to 0",
+      r.quantile_rate, r.expert_bias_rate);
+  ARCUS_REQUIRE(r.quantile_rate == 0 || (m.topk < m.num_experts && r.n_group == 1), ExitCode::usage,
+                "routing.quantile_rate ({}) needs model.topk ({}) below model.num_experts ({}) and "
+                "one group (routing.n_group is {}); set quantile_rate to 0",
+                r.quantile_rate, m.topk, m.num_experts, r.n_group);
   ARCUS_REQUIRE(!r.center_bias || r.expert_bias_rate > 0, ExitCode::usage,
                 "routing.center_bias needs routing.expert_bias_rate above 0; set it to 0.001");
 }
@@ -215,7 +226,7 @@ double aux_coefficient(const RoutingConfig& routing, AuxScope scope) {
 }
 
 std::int64_t num_slots(const ModelConfig& model, const RoutingConfig& routing) {
-  return find_select(routing.select).all_experts ? model.num_experts : model.topk;
+  return find_select(routing.select).slot_per_expert ? model.num_experts : model.topk;
 }
 
 ModelConfig resolve(ModelConfig model, std::int64_t data_vocab_size) {

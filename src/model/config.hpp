@@ -54,9 +54,11 @@ struct RoutingConfig {
   double load_loss = 0;
   double expert_bias_rate = 0;
   bool center_bias = false;
+  double quantile_rate = 0;
   double jitter = 0;
   double noise = 0;
   std::int64_t sinkhorn_iterations = 8;
+  bool allow_future_leak = false;
 };
 
 /// How one layer routes.

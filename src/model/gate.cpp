@@ -26,6 +26,10 @@ Gate::Gate(const ModelConfig& model, const RoutingConfig& routing, const std::st
   weight_ = add("weight", {e, model.hidden_size}, ParamInit::normal, cosine ? 2 : 1);
   if (routing.gate_bias) bias_ = add("bias", {e}, ParamInit::zeros);
   if (cosine) temperature_ = add("temperature", {1}, ParamInit::ones);
+  if (find_select(routing.select).predicts) {
+    predictor_weight_ = add("predictor.weight", {e, model.hidden_size}, ParamInit::normal);
+    predictor_bias_ = add("predictor.bias", {e}, ParamInit::zeros);
+  }
   if (routing.noise > 0)
     noise_weight_ = add("noise_weight", {e, model.hidden_size}, ParamInit::zeros);
 }
@@ -61,6 +65,7 @@ Routing Gate::allocate(Arena& arena, std::int64_t num_tokens, DType compute) con
     r.z_clean = arena.allocate(acc, num_tokens, e);
   }
   if (noise_weight_.valid()) r.noise_logits = arena.allocate(acc, num_tokens, e);
+  if (predictor_weight_.valid()) r.predictor = arena.allocate(acc, num_tokens, e);
   if (temperature_.valid()) {
     r.inv_norm = arena.allocate(acc, num_tokens, 1);
     r.cosine = arena.allocate(acc, num_tokens, e);
@@ -109,6 +114,14 @@ void Gate::logits(PassContext& ctx, const ParamStore& params, ConstTensorView x,
                                .cosine = routing.cosine,
                                .temperature = params.values(temperature_),
                                .bias = bias});
+  }
+  if (predictor_weight_.valid()) {
+    gate_logits(ctx.stream, {.z = routing.predictor,
+                             .x = input_of(x, routing),
+                             .weight = params.values(predictor_weight_),
+                             .bias = params.values(predictor_bias_),
+                             .flag = &params.bad_leaf(),
+                             .flag_key = flag_key});
   }
   if (!noise_weight_.valid() || !ctx.training) return;
   if (routing.z_clean.data != nullptr) cast(ctx.stream, {.y = routing.z_clean, .x = routing.z});
@@ -172,16 +185,18 @@ void Gate::select_and_drop(PassContext& ctx, Routing& routing) const {
       expert_capacity(ctx.training ? routing_.capacity_factor : routing_.eval_capacity_factor,
                       routing_.min_capacity, model_.topk, tokens, model_.num_experts);
   const TensorView demand = ctx.scratch.allocate(DType::i64, 1, model_.num_experts);
-  apply_capacity(ctx.stream, {.expert_of_slot = routing.expert_of_slot,
-                              .demand = demand,
-                              .scratch = ctx.scratch.allocate(
-                                  DType::i64, 1, 2 * std::max(tokens * slots, model_.num_experts)),
-                              .wanted = partly ? wanted : routing.topk_idx,
-                              .s = routing.s,
-                              .num_experts = model_.num_experts,
-                              .capacity = routing.capacity,
-                              .policy = routing_.drop_policy == "probs" ? DropPolicy::probs
-                                                                        : DropPolicy::position});
+  apply_capacity(
+      ctx.stream,
+      {.expert_of_slot = routing.expert_of_slot,
+       .demand = demand,
+       .scratch =
+           ctx.scratch.allocate(DType::i64, 1, 2 * std::max(tokens * slots, model_.num_experts)),
+       .wanted = partly ? wanted : routing.topk_idx,
+       .s = routing.s,
+       .num_experts = model_.num_experts,
+       // Experts that chose their tokens themselves have kept to it already.
+       .capacity = ctx.training && find_select(routing_.select).predicts ? 0 : routing.capacity,
+       .policy = routing_.drop_policy == "probs" ? DropPolicy::probs : DropPolicy::position});
   const auto* kept = routing.expert_of_slot.as<std::int32_t>();
   const auto* count = demand.as<std::int64_t>();
   std::copy_n(count, model_.num_experts, ctx.stats.demand.begin() + ctx.layer * model_.num_experts);
@@ -204,6 +219,12 @@ void Gate::report(PassContext& ctx, Routing& routing) const {
                    .topk = model_.topk});
   ctx.stats.z_loss[layer] = routing_.z_loss * ctx.batch.weight * z_loss;
   ctx.stats.aux_loss[layer] = 0;
+  if (predictor_weight_.valid()) {
+    double loss = 0;
+    predictor_loss(ctx.stream,
+                   {.loss = &loss, .logits = routing.predictor, .topk_idx = routing.topk_idx});
+    ctx.stats.predictor_loss[layer] = ctx.batch.weight * loss;
+  }
   for (const BalanceRow& row : balance_table()) {
     if (row.active(routing_)) row.forward({ctx, model_, routing_, routing});
   }
@@ -277,6 +298,7 @@ void Gate::logits_backward(PassContext& ctx, const ParamStore& params, TensorVie
   if (dweight.sum != nullptr) {
     linear_wgrad(ctx.stream, {.dweight = dweight, .dy = dy, .x = input, .micro_batch = number});
   }
+  if (predictor_weight_.valid()) predictor_backward(ctx, params, input, routing);
   if (noise_weight_.valid()) {
     const TensorView through_noise = ctx.scratch.allocate(dx.dtype, dx.rows, dx.cols);
     linear_dgrad(ctx.stream,
@@ -296,6 +318,25 @@ void Gate::logits_backward(PassContext& ctx, const ParamStore& params, TensorVie
                         .x = dx,
                         .amount = routing_.jitter,
                         .draws = GateContext{ctx, model_, routing_, view}.draws("gate jitter")});
+  }
+}
+
+/// Reaches the predictor alone: its input is held fixed.
+void Gate::predictor_backward(PassContext& ctx, const ParamStore& params, ConstTensorView input,
+                              const Routing& routing) const {
+  const ArenaScope scope(ctx.scratch);
+  const std::int64_t number = ctx.batch.number;
+  const TensorView dlogits = allocate_padded(ctx.scratch, routing.predictor.dtype,
+                                             routing.predictor.rows, model_.num_experts);
+  predictor_loss(ctx.stream, {.dlogits = dlogits,
+                              .logits = routing.predictor,
+                              .topk_idx = routing.topk_idx,
+                              .coeff = ctx.batch.weight});
+  if (const GradientSum sum = params.sums(predictor_weight_); sum.sum != nullptr) {
+    linear_wgrad(ctx.stream, {.dweight = sum, .dy = dlogits, .x = input, .micro_batch = number});
+  }
+  if (const GradientSum sum = params.sums(predictor_bias_); sum.sum != nullptr) {
+    bias_grad(ctx.stream, {.dbias = sum, .dy = dlogits, .micro_batch = number});
   }
 }
 
@@ -332,7 +373,7 @@ void Gate::allocate_scratch(Arena& arena, std::int64_t num_tokens, DType compute
   if (routing_.select == "sinkhorn") {
     arena.allocate(DType::f64, 1, sinkhorn_scratch(num_tokens, e));
   }
-  arena.allocate(acc, tokens, 3 * e);
+  arena.allocate(acc, tokens, 4 * e);
   arena.allocate(DType::f64, 2, std::max(e, model_.hidden_size));
   if (noise_weight_.valid()) arena.allocate(acc, tokens, model_.hidden_size);
   arena.allocate_bytes(1 << 12);  // rounding of the pieces to the arena's alignment

@@ -45,9 +45,12 @@ class Gate {
   void noise_backward(PassContext& ctx, TensorView dnoise, TensorView dz,
                       const Routing& routing) const;
 
+  void predictor_backward(PassContext& ctx, const ParamStore& params, ConstTensorView input,
+                          const Routing& routing) const;
+
   ModelConfig model_;
   RoutingConfig routing_;
-  ParamRef weight_, bias_, temperature_, noise_weight_;
+  ParamRef weight_, bias_, temperature_, noise_weight_, predictor_weight_, predictor_bias_;
 };
 
 }  // namespace arcus

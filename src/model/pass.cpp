@@ -17,9 +17,9 @@ TensorView allocate_padded(Arena& arena, DType dtype, std::int64_t rows, std::in
 
 Routing Routing::first_tokens(std::int64_t tokens) const {
   Routing first = *this;
-  for (TensorView* view :
-       {&first.x_wide, &first.z, &first.s, &first.lse, &first.topk_idx, &first.expert_of_slot,
-        &first.weight, &first.noise_logits, &first.z_clean, &first.inv_norm, &first.cosine}) {
+  for (TensorView* view : {&first.x_wide, &first.z, &first.s, &first.lse, &first.topk_idx,
+                           &first.expert_of_slot, &first.weight, &first.noise_logits,
+                           &first.z_clean, &first.inv_norm, &first.cosine, &first.predictor}) {
     if (view->data != nullptr) *view = view->row_range(0, tokens);
   }
   return first;

@@ -37,9 +37,10 @@ struct MicroBatchStats {
   double token_loss_sum = 0;  ///< over targets, f64 in token order
   /// [L], parts of the loss (coefficients and weight included): all balancing losses but z.
   std::vector<double> aux_loss;
-  std::vector<double> z_loss;              ///< [L], likewise
-  std::vector<double> entropy_sum;         ///< [L], sum over tokens
-  std::vector<std::int64_t> demand;        ///< [L * E], tokens per expert before drops
+  std::vector<double> z_loss;          ///< [L], likewise
+  std::vector<double> entropy_sum;     ///< [L], sum over tokens
+  std::vector<double> predictor_loss;  ///< [L], weighted by the micro-batch; no part of the loss
+  std::vector<std::int64_t> demand;    ///< [L * E], tokens per expert before drops
   std::vector<std::int64_t> score_counts;  ///< [L * E], tokens whose K largest s hold the expert
   std::vector<std::int64_t> dropped;       ///< [L], assignments
   std::vector<std::int64_t> recv_rows;     ///< [L], rows this rank's experts processed
@@ -64,6 +65,7 @@ struct Routing {
   TensorView cosine;             ///< [T, E] A
   TensorView w_hat;              ///< [E, H] A: W_i / |W_i|, cosine
   TensorView w_inv_norm;         ///< [E, 1] A
+  TensorView predictor;          ///< [T, E] A: logits of who will be chosen
   std::int64_t capacity = 0;     ///< 0 = dropless
 
   /// The first `tokens` rows of everything that has a row a token.
@@ -84,8 +86,8 @@ struct PassContext {
   const MicroBatch& batch;
   MicroBatchStats& stats;
   bool training = true;
-  std::uint64_t seed = 0;                 ///< of noise
-  const BalanceState* balance = nullptr;  ///< null: no layer keeps any
+  std::uint64_t seed = 0;           ///< of noise
+  BalanceState* balance = nullptr;  ///< null: no layer keeps any
   std::int64_t step = 0;
   std::int64_t layer = 0;
   const RoutingObserver* observer = nullptr;

@@ -55,6 +55,23 @@ bool select_balanced(const GateContext& gate, TensorView wanted) {
   return false;
 }
 
+bool select_by_expert(const GateContext& gate, TensorView) {
+  Routing& r = gate.routing;
+  if (!gate.pass.training) {
+    select_positive(gate.pass.stream, {.topk_idx = r.topk_idx, .p = r.predictor});
+    return false;
+  }
+  const ArenaScope scope(gate.pass.scratch);
+  select_by_experts(
+      gate.pass.stream,
+      {.topk_idx = r.topk_idx,
+       .s = r.s,
+       .capacity = expert_capacity(gate.config.capacity_factor, gate.config.min_capacity,
+                                   gate.model.topk, r.s.rows, gate.model.num_experts),
+       .scratch = gate.pass.scratch.allocate(DType::i64, 1, 2 * gate.model.num_experts)});
+  return false;
+}
+
 bool select_all(const GateContext& gate, TensorView) {
   for (std::int64_t t = 0; t < gate.routing.topk_idx.rows; ++t) {
     auto* choice = gate.routing.topk_idx.row<std::int32_t>(t);
@@ -170,6 +187,15 @@ void add_importance_gradient(const GateContext& gate, TensorView ds) {
                             .coeff = gate.config.importance_loss * gate.pass.batch.weight});
 }
 
+void keep_quantile_scores(const GateContext& gate) {
+  const TensorView u = gate.pass.balance->quantile_scores(gate.pass.layer, gate.pass.batch.number);
+  if (u.data == nullptr) return;
+  quantile_scores(gate.pass.stream, {.u = u,
+                                     .s = gate.routing.s,
+                                     .expert_bias = gate.pass.balance->expert_bias(gate.pass.layer),
+                                     .topk = gate.model.topk});
+}
+
 void add_load_loss(const GateContext& gate) {
   double cv2 = 0;
   load_loss(gate.pass.stream, {.cv2 = &cv2,
@@ -219,9 +245,18 @@ constexpr std::array kSelects{
               .takes_capacity = true,
               .needs_scores_per_token = true,
               .select = select_balanced},
+    SelectRow{.name = "expert_choice",
+              .what = "each expert its best tokens; evaluation asks a predictor",
+              .slot_per_expert = true,
+              .predicts = true,
+              .takes_capacity = true,
+              .ascending = true,
+              .needs_scores_per_token = true,
+              .select = select_by_expert},
     SelectRow{.name = "dense",
               .what = "every expert, weighted by its score",
               .all_experts = true,
+              .slot_per_expert = true,
               .ascending = true,
               .select = select_all}};
 
@@ -240,6 +275,12 @@ constexpr std::array kBalances{
                .needs_steering = true,
                .active = [](const RoutingConfig& c) { return c.load_loss > 0; },
                .forward = add_load_loss,
+               .backward_scores = nullptr},
+    BalanceRow{.name = "quantile_rate",
+               .what = "a bias that follows the step's scores",
+               .needs_steering = true,
+               .active = [](const RoutingConfig& c) { return c.quantile_rate > 0; },
+               .forward = keep_quantile_scores,
                .backward_scores = nullptr}};
 
 template <class Table>
@@ -277,11 +318,21 @@ void validate_combination(const ModelConfig& m, const RoutingConfig& r) {
   };
   refuse(select.topk != 0 && m.topk != select.topk, "model.topk", m.topk,
          fmt::format("{}", select.topk));
+  refuse(select.predicts && r.capacity_factor == 0, "routing.capacity_factor", r.capacity_factor,
+         "1 (rows an expert takes, in units of K T / E)");
+  refuse(select.predicts && r.renormalize, "routing.renormalize", r.renormalize, "false");
+  ARCUS_REQUIRE(
+      !select.predicts || r.allow_future_leak, ExitCode::usage,
+      "routing.select \"{}\" looks at later tokens: what a token gets in training depends on "
+      "text that a causal model must not know; set routing.allow_future_leak to true if "
+      "you accept that, or select to \"topk\"",
+      select.name);
   refuse(select.all_experts && m.topk != m.num_experts, "model.topk", m.topk,
          fmt::format("model.num_experts ({})", m.num_experts));
   refuse(!select.takes_groups && r.n_group > 1, "routing.n_group", r.n_group, "1");
   refuse(!select.takes_bias && r.expert_bias_rate > 0, "routing.expert_bias_rate",
          r.expert_bias_rate, "0");
+  refuse(!select.takes_bias && r.quantile_rate > 0, "routing.quantile_rate", r.quantile_rate, "0");
   refuse(!select.takes_capacity && r.capacity_factor > 0, "routing.capacity_factor",
          r.capacity_factor, "0 (dropless)");
   refuse(!select.takes_capacity && r.eval_capacity_factor > 0, "routing.eval_capacity_factor",
@@ -308,7 +359,9 @@ std::string combinations_table() {
                         mark(select.takes_groups), mark(select.takes_bias),
                         mark(select.takes_capacity), mark(select.steered));
     for (const BalanceRow& row : kBalances) {
-      text += fmt::format(" {} |", mark(select.steered || !row.needs_steering));
+      const bool allowed =
+          row.name == "quantile_rate" ? select.takes_bias : select.steered || !row.needs_steering;
+      text += fmt::format(" {} |", mark(allowed));
     }
     text += "\n";
   }

@@ -41,6 +41,8 @@ struct SelectRow {
   std::string_view what;
   std::int64_t topk;            ///< the only topk it takes; 0 = any
   bool all_experts;             ///< topk must be num_experts
+  bool slot_per_expert;         ///< a token may go to any number of experts
+  bool predicts;                ///< looks at the whole micro-batch; evaluation asks a predictor
   bool steered;                 ///< by scores: losses on them, and noise, change the selection
   bool takes_bias;              ///< expert_bias_rate, quantile_rate
   bool takes_groups;            ///< n_group > 1

@@ -53,6 +53,7 @@ MicroBatchStats Transformer::make_stats() const {
   stats.aux_loss.resize(layers);
   stats.z_loss.resize(layers);
   stats.entropy_sum.resize(layers);
+  stats.predictor_loss.resize(layers);
   stats.demand.resize(layers * static_cast<std::size_t>(model_.num_experts));
   stats.score_counts.resize(stats.demand.size());
   stats.dropped.resize(layers);

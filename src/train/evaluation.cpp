@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <numbers>
 
 #include "src/base/log.hpp"
@@ -22,7 +23,8 @@ class DomainEvaluator {
         sampler_(sampler),
         heartbeat_(heartbeat),
         buffers_(instance.options().micro_batch_seqs, instance.options().seq_len),
-        stats_(instance.transformer().make_stats()) {
+        stats_(instance.transformer().make_stats()),
+        counts_(stats_.demand.size()) {
     const std::int64_t seqs = instance.options().micro_batch_seqs;
     const std::int64_t all = (sampler.num_windows() + seqs - 1) / seqs;
     schedule_ = {max_micro_batches > 0 ? std::min(all, max_micro_batches) : all,
@@ -35,11 +37,24 @@ class DomainEvaluator {
     for (std::int64_t round = 0; round < schedule_.rounds(); ++round) {
       for (const double part : gather(run_round(round))) loss += part;
     }
-    std::int64_t totals[2] = {targets_, bytes_};
+    // Targets, bytes, then tokens per expert of every layer.
+    counts_.push_back(targets_);
+    counts_.push_back(bytes_);
     Stream& stream = instance_.stream();
-    stream.wait(instance_.world().all_reduce(stream, {.buffer = {totals, DType::i64, 1, 2}}));
-    result.tokens = totals[0];
-    result.bytes = totals[1];
+    stream.wait(instance_.world().all_reduce(
+        stream,
+        {.buffer = {counts_.data(), DType::i64, 1, static_cast<std::int64_t>(counts_.size())}}));
+    result.bytes = counts_.back();
+    counts_.pop_back();
+    result.tokens = counts_.back();
+    counts_.pop_back();
+    const ModelConfig& model = instance_.options().model;
+    for (std::int64_t l = 0; l < model.num_layers; ++l) {
+      auto& experts = result.tokens_per_expert.emplace_back();
+      if (l < model.first_k_dense) continue;
+      const auto begin = counts_.begin() + l * model.num_experts;
+      experts.assign(begin, begin + model.num_experts);
+    }
     result.loss = loss / static_cast<double>(std::max<std::int64_t>(1, result.tokens));
     result.ppl = std::exp(result.loss);
     result.bits_per_byte =
@@ -64,7 +79,10 @@ class DomainEvaluator {
     const DType acc = accumulate_dtype(instance_.options().compute);
     instance_.transformer().evaluate(ctx, instance_.params(), instance_.dispatcher(),
                                      instance_.saved().allocate(acc, 1, batch.num_tokens()));
-    return number >= 0 ? stats_.token_loss_sum : 0;
+    if (number < 0) return 0;
+    std::transform(counts_.begin(), counts_.end(), stats_.demand.begin(), counts_.begin(),
+                   std::plus<>());
+    return stats_.token_loss_sum;
   }
 
   /// One number of every rank, in rank order: the round's micro-batches in ascending order.
@@ -91,6 +109,7 @@ class DomainEvaluator {
   MicroBatchSchedule schedule_;
   std::int64_t targets_ = 0;
   std::int64_t bytes_ = 0;
+  std::vector<std::int64_t> counts_;  ///< [L * E]
 };
 
 }  // namespace

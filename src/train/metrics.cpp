@@ -1,5 +1,6 @@
 #include "src/train/metrics.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <filesystem>
 #include <fstream>
@@ -37,6 +38,7 @@ std::string to_json_line(const StepMetrics& m) {
                       {"dropped", layer.dropped},
                       {"entropy", number(layer.entropy)},
                       {"max_mean_load", number(layer.max_mean_load)}});
+    if (layer.predictor_loss != 0) layers.back()["predictor_loss"] = number(layer.predictor_loss);
   }
   Json line = {{"step", m.step},
                {"loss", number(m.loss)},
@@ -59,12 +61,25 @@ std::string to_json_line(const StepMetrics& m) {
   return line.dump();
 }
 
-std::string to_json_line(const EvalMetrics& m) {
+double max_mean_load(std::span<const std::int64_t> tokens_per_expert) {
+  std::int64_t total = 0;
+  std::int64_t most = 0;
+  for (const std::int64_t tokens : tokens_per_expert) {
+    total += tokens;
+    most = std::max(most, tokens);
+  }
+  if (total == 0) return 0;
+  return static_cast<double>(most) * static_cast<double>(tokens_per_expert.size()) /
+         static_cast<double>(total);
+}
+
+std::string to_json_line(const EvalMetrics& m, bool routing) {
   Json domains = Json::object();
   for (const DomainEval& domain : m.domains) {
     domains[domain.domain] = {{"loss", number(domain.loss)},
                               {"ppl", number(domain.ppl)},
                               {"bits_per_byte", number(domain.bits_per_byte)}};
+    if (routing) domains[domain.domain]["tokens_per_expert"] = domain.tokens_per_expert;
   }
   return Json{{"step", m.step}, {"eval", std::move(domains)}}.dump();
 }

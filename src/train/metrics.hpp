@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -12,6 +13,7 @@ struct LayerMetrics {
   std::int64_t dropped = 0;                     ///< assignments
   double entropy = 0;                           ///< mean over tokens of the scores' entropy
   double max_mean_load = 0;                     ///< largest / mean of tokens_per_expert
+  double predictor_loss = 0;                    ///< 0 where the layer has no predictor
 };
 
 /// What may differ between layouts and machines.
@@ -42,7 +44,12 @@ struct DomainEval {
   double ppl = 0;
   double bits_per_byte = 0;
   std::int64_t tokens = 0, bytes = 0;
+  /// One entry a layer, [E] tokens before drops; empty for a dense layer.
+  std::vector<std::vector<std::int64_t>> tokens_per_expert;
 };
+/// Largest / mean of tokens per expert; 0 where there are none.
+double max_mean_load(std::span<const std::int64_t> tokens_per_expert);
+
 struct EvalMetrics {
   std::int64_t step = 0;
   std::vector<DomainEval> domains;
@@ -53,7 +60,8 @@ struct EvalMetrics {
 /// One line of metrics.jsonl, without the line break. Numbers read back to the same bits;
 /// non-finite ones are the strings "nan", "inf", "-inf".
 std::string to_json_line(const StepMetrics& metrics);
-std::string to_json_line(const EvalMetrics& metrics);
+/// `routing`: tokens per expert too.
+std::string to_json_line(const EvalMetrics& metrics, bool routing = false);
 
 struct KeptMetrics {
   std::int64_t last_eval_step = -1;  ///< of the evaluations kept

@@ -67,7 +67,9 @@ ModelInstance::ModelInstance(ProcessGroups groups, Stream& stream, const Instanc
       groups_(std::move(groups)),
       stream_(&stream),
       registry_(make_registry(groups_, options)),
-      balance_(options.model, options.routing, options.overrides) {
+      balance_(options.model, options.routing, options.overrides,
+               {options.training ? options.num_micro_batches : 0, micro_batch_tokens()},
+               groups_.world->rank(), groups_.world->size()) {
   transformer_ =
       std::make_unique<Transformer>(options.model, options.routing, options.overrides,
                                     options.training ? micro_batch_tokens() : 0, registry_);
@@ -185,6 +187,9 @@ std::vector<ByteRow> ModelInstance::byte_rows() const {
   }
   rows.push_back({"saved activations", balanced.saved_bytes, worst.saved_bytes});
   rows.push_back({"scratch", balanced.scratch_bytes, worst.scratch_bytes});
+  if (options_.training && balance_.bytes() > (1 << 20)) {
+    rows.push_back({"scores for balancing", balance_.bytes(), balance_.bytes()});
+  }
   rows.push_back({"exchange buffers", 2 * slots * row_bytes, 2 * slots * row_bytes});
   return rows;
 }

@@ -50,8 +50,8 @@ std::size_t Trainer::dropped_begin() const {
   return stats_.demand.size() + stats_.score_counts.size();
 }
 
-/// Token loss, then aux, z and entropy of every layer.
-std::int64_t Trainer::record_size() const { return 1 + 3 * options_.model.num_layers; }
+/// Token loss, then aux, z, entropy and the predictor's loss of every layer.
+std::int64_t Trainer::record_size() const { return 1 + 4 * options_.model.num_layers; }
 
 void Trainer::set_heartbeat(Heartbeat heartbeat) {
   heartbeat_ = std::move(heartbeat);
@@ -104,7 +104,8 @@ void Trainer::run_round(const BatchSampler& sampler, std::int64_t round) {
   double* record = scalars_.data() + (rank * schedule_.rounds() + round) * record_size();
   const auto layers = static_cast<std::size_t>(options_.model.num_layers);
   *record++ = number >= 0 ? stats_.token_loss_sum : 0;
-  for (const auto* values : {&stats_.aux_loss, &stats_.z_loss, &stats_.entropy_sum}) {
+  for (const auto* values :
+       {&stats_.aux_loss, &stats_.z_loss, &stats_.entropy_sum, &stats_.predictor_loss}) {
     for (std::size_t l = 0; l < layers; ++l) *record++ = number >= 0 ? (*values)[l] : 0;
   }
   if (number >= 0) {
@@ -137,6 +138,7 @@ void Trainer::gather_scalars() {
       metrics_.aux_loss += record[1 + l];
       metrics_.z_loss += record[1 + layers + l];
       metrics_.layers[l].entropy += record[1 + 2 * layers + l];
+      metrics_.layers[l].predictor_loss += record[1 + 3 * layers + l];
     }
   }
   metrics_.ce = token_loss / static_cast<double>(metrics_.tokens);
@@ -161,11 +163,7 @@ void Trainer::reduce_counts(std::int64_t sent_before, double comm_before) {
     const auto demand = std::span(counts_).subspan(l * experts, experts);
     layer.tokens_per_expert.assign(demand.begin(), demand.end());
     layer.dropped = counts_[dropped_begin() + l];
-    const auto total = std::accumulate(demand.begin(), demand.end(), std::int64_t{0});
-    const auto most = *std::max_element(demand.begin(), demand.end());
-    layer.max_mean_load = total > 0 ? static_cast<double>(most) * static_cast<double>(experts) /
-                                          static_cast<double>(total)
-                                    : 0;
+    layer.max_mean_load = max_mean_load(demand);
   }
   const auto rows = std::span(counts_).last(2 * ranks + 1).first(ranks);
   const auto micros = std::span(counts_).last(ranks + 1).first(ranks);
@@ -225,7 +223,7 @@ void Trainer::start_metrics() {
   layers.resize(static_cast<std::size_t>(options_.model.num_layers));
   for (LayerMetrics& layer : layers) {
     layer.dropped = 0;
-    layer.entropy = layer.max_mean_load = 0;
+    layer.entropy = layer.max_mean_load = layer.predictor_loss = 0;
     layer.tokens_per_expert.clear();
   }
   metrics_ = StepMetrics{.step = counters_[kStepsDone] + 1,
@@ -248,7 +246,8 @@ const StepMetrics& Trainer::step(const BatchSampler& sampler, StepRequests& requ
   reduce_counts(sent_before, comm_before);
   if (metrics_.applied) {
     const auto counts = std::span<const std::int64_t>(counts_);
-    instance_->balance().update(counts.first(stats_.demand.size()),
+    instance_->balance().update(instance_->world(), instance_->stream(),
+                                counts.first(stats_.demand.size()),
                                 counts.subspan(stats_.demand.size(), stats_.score_counts.size()));
   }
   ++counters_[kStepsDone];

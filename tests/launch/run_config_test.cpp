@@ -8,6 +8,7 @@
 #include <functional>
 
 #include "src/base/error.hpp"
+#include "src/model/routing.hpp"
 
 namespace arcus {
 namespace {
@@ -165,6 +166,85 @@ TEST(RunConfig, CrossFieldRulesNameFieldsValuesAndARemedy) {
     const std::string message = usage_error([&] { validate(config); });
     EXPECT_NE(message.find(c.expected), std::string::npos) << c.sets[0] << "\n-> " << message;
   }
+}
+
+TEST(RunConfig, RoutingsThatMakeNoSenseAreRefusedWithOneThatDoes) {
+  const std::vector<BadRule> bad = {
+      {{"routing.n_group=4", "routing.topk_group=4"},
+       "routing.topk_group (4) must be smaller than routing.n_group (4); set topk_group to 3"},
+      {{"routing.n_group=3"}, "routing.n_group (3) must divide model.num_experts (8)"},
+      {{"routing.topk_group=2"}, "routing.topk_group (2) needs groups"},
+      {{"routing.n_group=4", "routing.topk_group=1", "model.topk=3"},
+       "model.topk (3) exceeds the 2 experts that routing.topk_group (1) groups of 2 hold; set "
+       "topk to 2 or topk_group to 2"},
+      {{"routing.n_group=8", "routing.topk_group=4"},
+       "\"top2_sum\" needs groups of two experts or more"},
+      {{"routing.select=sinkhorn", "routing.expert_bias_rate=0.001"},
+       "does not go with routing.expert_bias_rate = 0.001; set it to 0, or select to \"topk\""},
+      {{"routing.select=dense"},
+       "does not go with model.topk = 2; set it to model.num_experts (8)"},
+      {{"routing.select=dense", "model.topk=8", "routing.aux_loss=0", "routing.capacity_factor=1"},
+       "does not go with routing.capacity_factor = 1; set it to 0 (dropless)"},
+      {{"routing.select=hash"}, "does not go with routing.aux_loss = a value above 0; set it to 0"},
+      {{"routing.select=hash", "routing.aux_loss=0", "routing.noise=1"},
+       "does not go with routing.noise = 1"},
+      {{"routing.select=second_sampled", "model.topk=3"},
+       "does not go with model.topk = 3; set it to 2"},
+      {{"routing.select=expert_choice", "routing.aux_loss=0", "routing.capacity_factor=1",
+        "routing.renormalize=false"},
+       "looks at later tokens"},
+      {{"routing.select=expert_choice"}, "does not go with routing.capacity_factor = 0"},
+      {{"routing.load_loss=0.1"}, "routing.load_loss (0.1) counts chances under noise"},
+      {{"routing.load_loss=0.1", "routing.noise=1", "model.topk=8"}, "needs model.topk (8) below"},
+      {{"routing.center_bias=true"}, "routing.center_bias needs routing.expert_bias_rate"},
+      {{"routing.quantile_rate=0.5", "routing.expert_bias_rate=0.1"}, "set the same bias"},
+      {{"routing.quantile_rate=0.5", "model.topk=8"}, "needs model.topk (8) below"},
+      {{"routing.override.0.layers=2-9", "routing.override.0.z_loss=1"},
+       "layers \"2-9\" are not all MoE layers; those are 0-3"},
+      {{"routing.override.0.layers=some"}, "it must be a layer or a range such as \"4-7\""},
+      {{"routing.override.0.layers=1-2", "routing.override.1.layers=2"}, "layer 2 is named twice"},
+      {{"routing.override.0.layers=1", "routing.override.0.topk=9"},
+       "in layers 1: model.topk (9) exceeds model.num_experts (8)"},
+  };
+  for (const BadRule& c : bad) {
+    Config config;
+    for (const std::string& assignment : c.sets) apply_set(config, assignment);
+    const std::string message = usage_error([&] { validate(config); });
+    EXPECT_NE(message.find(c.expected), std::string::npos) << c.sets[0] << "\n-> " << message;
+  }
+}
+
+TEST(RunConfig, OverridesChangeTheirLayersAlone) {
+  Config config = from_toml(
+      "[routing]\naux_loss = 0.5\n[[routing.override]]\nlayers = \"1-2\"\ntopk = 4\n"
+      "score = \"sigmoid\"\n[[routing.override]]\nlayers = \"3\"\naux_loss = 0\n",
+      "test");
+  validate(config);
+  const auto overrides = resolve_overrides(config);
+  const auto of = [&](std::int64_t layer) {
+    return routing_of_layer(config.model, config.routing, overrides, layer);
+  };
+  EXPECT_EQ(of(0).topk, 2);
+  EXPECT_EQ(of(0).routing.score, "softmax");
+  EXPECT_EQ(of(2).topk, 4);
+  EXPECT_EQ(of(2).routing.score, "sigmoid");
+  EXPECT_EQ(of(2).routing.aux_loss, 0.5);
+  EXPECT_EQ(of(3).topk, 2);
+  EXPECT_EQ(of(3).routing.aux_loss, 0);
+  // Keys that a row does not give stay so: they follow [routing] when that changes.
+  Config again = from_toml(to_toml(config), "again");
+  EXPECT_EQ(to_toml(again), to_toml(config));
+  apply_set(again, "routing.aux_loss=0.25");
+  EXPECT_EQ(resolve_overrides(again)[0].with.routing.aux_loss, 0.25);
+  EXPECT_EQ(resolve_overrides(again)[1].with.routing.aux_loss, 0);
+}
+
+TEST(RunConfig, TheDocumentShowsWhatGoesWithWhat) {
+  std::ifstream file(ARCUS_SOURCE_DIR "/src/model/ROUTING.md");
+  const std::string text((std::istreambuf_iterator<char>(file)), {});
+  EXPECT_NE(text.find(combinations_table()), std::string::npos)
+      << "put the output of `arcus help routing` into src/model/ROUTING.md:\n"
+      << combinations_table();
 }
 
 TEST(RunConfig, FilesThatCannotBeReadAreNamed) {

@@ -23,6 +23,11 @@ inline void use_select(const SelectRow& select, ModelConfig& model, RoutingConfi
   if (select.topk != 0) model.topk = select.topk;
   if (select.all_experts) model.topk = model.num_experts;
   if (!select.steered) routing.aux_loss = 0;
+  if (select.predicts) {
+    routing.allow_future_leak = true;
+    routing.renormalize = false;
+    routing.capacity_factor = 1;
+  }
 }
 
 /// Turns one balance row on; a row that is not known here fails the tests that iterate them.
@@ -39,6 +44,9 @@ inline void activate(const BalanceRow& row, RoutingConfig& r) {
   } else if (row.name == "load_loss") {
     r.load_loss = 0.1;
     r.noise = 1;
+  } else if (row.name == "quantile_rate") {
+    r.quantile_rate = 0.5;
+    r.score = "sigmoid";
   }
   ARCUS_CHECK(row.active(r), "tests/support/routing_cases.hpp does not know how to turn on {}",
               row.name);
@@ -65,7 +73,7 @@ inline std::vector<RoutingCase> routing_cases() {
           use_select(*row, m, r);
           r.capacity_factor = 0.75;
           r.drop_policy = policy;
-          r.renormalize_after_drop = std::string_view(policy) == "probs";
+          r.renormalize_after_drop = r.renormalize && std::string_view(policy) == "probs";
         });
       }
     }
@@ -109,6 +117,7 @@ inline std::vector<RoutingCase> routing_cases() {
   }
   add("everything", [](ModelConfig&, RoutingConfig& r) {
     for (const BalanceRow& row : balance_table()) activate(row, r);
+    r.quantile_rate = 0;
     r.aux_loss = r.aux_loss_sequence = r.aux_loss_global = 0.05;
     r.importance_loss = 0.1;
     r.score = "cosine";

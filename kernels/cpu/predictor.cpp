@@ -1,0 +1,52 @@
+#include <cmath>
+
+#include "kernels/balance.hpp"
+#include "kernels/cpu/math.hpp"
+
+namespace arcus::cpu {
+namespace {
+
+bool is_chosen(const std::int32_t* chosen, std::int64_t slots, std::int64_t expert) {
+  for (std::int64_t j = 0; j < slots; ++j) {
+    if (chosen[j] == expert) return true;
+  }
+  return false;
+}
+
+/// -ln sigmoid(z) for a chosen expert, else -ln(1 - sigmoid(z)); stable for any z.
+double cross_entropy_of(double z, bool chosen) {
+  return std::max(z, 0.0) - (chosen ? z : 0.0) + std::log1p(std::exp(-std::abs(z)));
+}
+
+template <class A>
+double loss_of_rows(const PredictorLoss& args) {
+  const std::int64_t experts = args.logits.cols;
+  const double scale = args.coeff / static_cast<double>(args.logits.size());
+  double loss = 0;
+  for (std::int64_t t = 0; t < args.logits.rows; ++t) {
+    const A* z = args.logits.row<A>(t);
+    const auto* chosen = args.topk_idx.row<std::int32_t>(t);
+    for (std::int64_t e = 0; e < experts; ++e) {
+      const bool target = is_chosen(chosen, args.topk_idx.cols, e);
+      loss += cross_entropy_of(static_cast<double>(z[e]), target);
+      if (args.dlogits.data == nullptr) continue;
+      args.dlogits.row<A>(t)[e] =
+          static_cast<A>(scale * (static_cast<double>(sigmoid(z[e])) - (target ? 1 : 0)));
+    }
+  }
+  return args.logits.empty() ? 0 : loss / static_cast<double>(args.logits.size());
+}
+
+}  // namespace
+
+void predictor_loss(Stream&, const PredictorLoss& args) {
+  ARCUS_CHECK(args.topk_idx.rows == args.logits.rows,
+              "predictor: logits of {} tokens, choices of {}", args.logits.rows,
+              args.topk_idx.rows);
+  dispatch_accumulate(args.logits.dtype, [&]<class A>() {
+    const double loss = loss_of_rows<A>(args);
+    if (args.loss != nullptr) *args.loss = loss;
+  });
+}
+
+}  // namespace arcus::cpu
