@@ -49,6 +49,45 @@ TEST(Generation, SameTextAtAnyLayout) {
   EXPECT_NE(generate_on(1, 1, other), reference);
 }
 
+// What `generate` takes is the most likely token by a full forward pass over the text so far.
+TEST(Generation, GreedyTextIsWhatAFullForwardPassFindsMostLikely) {
+  auto self = make_self_communicator();
+  Stream stream(1);
+  const InstanceOptions decoding = decoding_options(2);
+  ModelInstance decoder(make_process_groups(*self, 1), stream, decoding);
+  decoder.initialize_parameters();
+  const std::vector<std::vector<std::int32_t>> prompts = {{65, 66, 67, 68, 69}, {10, 200}};
+  const auto texts = generate(decoder, prompts, {.max_new_tokens = 9, .temperature = 0}, {});
+
+  for (std::size_t b = 0; b < texts.size(); ++b) {
+    const auto length = static_cast<std::int64_t>(texts[b].size());
+    InstanceOptions full = decoding;
+    full.micro_batch_seqs = 1;
+    full.seq_len = length;
+    ModelInstance whole(make_process_groups(*self, 1), stream, full);
+    whole.initialize_parameters();
+    BatchBuffers buffers(1, length);
+    MicroBatchStats stats = whole.transformer().make_stats();
+    // The loss of every candidate at every position.
+    std::vector<std::vector<float>> losses;
+    for (std::int32_t candidate = 0; candidate < full.model.vocab_size; ++candidate) {
+      const std::vector<std::int32_t> targets(texts[b].size(), candidate);
+      const MicroBatch batch = buffers.fill(texts[b], targets, 0);
+      PassContext ctx = whole.pass(batch, stats);
+      ctx.training = false;
+      whole.transformer().evaluate(
+          ctx, whole.params(), whole.dispatcher(),
+          {losses.emplace_back(texts[b].size()).data(), DType::f32, 1, length});
+    }
+    for (std::size_t t = prompts[b].size(); t < texts[b].size(); ++t) {
+      const float taken = losses[static_cast<std::size_t>(texts[b][t])][t - 1];
+      for (const auto& candidate : losses) {
+        EXPECT_LE(taken, candidate[t - 1] + 1e-5F) << "text " << b << ", position " << t;
+      }
+    }
+  }
+}
+
 TEST(Generation, KvCacheAgreesWithAFullForwardPass) {
   auto self = make_self_communicator();
   Stream stream(1);
