@@ -137,9 +137,7 @@ class DomainWriter {
       batch_bytes_ += text.size();
       progress.add(static_cast<std::int64_t>(text.size()));
       if (batch_bytes_ >= kBatchBytes || parts_.size() >= kBatchParts) write_batch();
-      if (document.bytes() > static_cast<std::int64_t>(kBatchBytes) && parts_.empty()) {
-        file->release_before(document.end - rest.size());
-      }
+      if (parts_.empty()) file->release_before(document.end - rest.size());
     }
     ARCUS_REQUIRE(hash.digest() == document.hash, ExitCode::data, kChanged, name);
   }

@@ -57,9 +57,13 @@ void scan_file(const DocumentRule& rule, std::uint32_t file_idx, ScannedDomain& 
   ARCUS_REQUIRE(file.size() > 0, ExitCode::data,
                 "{} is empty; leave it out, or skip such files with --skip-bad", name);
   const std::size_t before = domain.documents.size();
+  std::size_t released = 0;
   cut_documents(file.bytes(), rule, [&](std::size_t begin, std::size_t end) {
     const std::uint64_t hash = hash_checked(file, begin, end, name, progress);
     domain.documents.push_back({file_idx, Fate::train, begin, end, hash});
+    if (end - released < kBlockBytes) return;
+    file.release_before(end);
+    released = end;
   });
   ARCUS_REQUIRE(domain.documents.size() > before, ExitCode::data,
                 "{} holds no text but separators; leave it out, or skip such files with --skip-bad",

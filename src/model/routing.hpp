@@ -39,16 +39,15 @@ struct ScoreRow {
 struct SelectRow {
   std::string_view name;
   std::string_view what;
-  std::int64_t topk;            ///< the only topk it takes; 0 = any
-  bool all_experts;             ///< topk must be num_experts
-  bool slot_per_expert;         ///< a token may go to any number of experts
-  bool predicts;                ///< looks at the whole micro-batch; evaluation asks a predictor
-  bool steered;                 ///< by scores: losses on them, and noise, change the selection
-  bool takes_bias;              ///< expert_bias_rate, quantile_rate
-  bool takes_groups;            ///< n_group > 1
-  bool takes_capacity;          ///< capacity_factor > 0
-  bool ascending;               ///< choices stand in ascending expert id
-  bool needs_scores_per_token;  ///< evaluation differs from training
+  std::int64_t topk;     ///< the only topk it takes; 0 = any
+  bool all_experts;      ///< topk must be num_experts
+  bool slot_per_expert;  ///< a token may go to any number of experts
+  bool predicts;         ///< looks at the whole micro-batch; evaluation asks a predictor
+  bool steered;          ///< by scores: losses on them, and noise, change the selection
+  bool takes_bias;       ///< expert_bias_rate, quantile_rate
+  bool takes_groups;     ///< n_group > 1
+  bool takes_capacity;   ///< capacity_factor > 0
+  bool ascending;        ///< choices stand in ascending expert id
   /// Fills routing.topk_idx, and `wanted` where some choices are not asked for (it holds topk_idx
   /// otherwise: returns false).
   bool (*select)(const GateContext& gate, TensorView wanted);

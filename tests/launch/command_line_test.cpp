@@ -1,8 +1,11 @@
 #include <gtest/gtest.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <array>
+#include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <string>
@@ -111,6 +114,40 @@ class PreparedData : public testing::Test {
 
   std::filesystem::path folder_;
 };
+
+/// Largest resident memory, in MiB, of a process that prepares `megabytes` of text.
+double memory_of_preparing(const std::filesystem::path& folder, int megabytes) {
+  const std::string text = folder / "large.txt";
+  {
+    std::ofstream file(text);
+    std::string block;
+    for (std::int64_t i = 0; block.size() < (1U << 20); ++i)
+      block += "line " + std::to_string(i * i) + "\n";
+    // Documents differ, or they would be left out as repetitions.
+    for (int i = 0; i < megabytes; ++i) file << "document " << i << "\n" << block << "%\n";
+  }
+  const std::string out = folder / ("large" + std::to_string(megabytes));
+  const std::string domain = "l=" + text;
+  const pid_t child = fork();
+  if (child == 0) {
+    std::freopen("/dev/null", "w", stderr);
+    std::freopen("/dev/null", "w", stdout);
+    execl(ARCUS_BINARY, ARCUS_BINARY, "prepare", "--out", out.c_str(), "--domain", domain.c_str(),
+          "--separator", "%", static_cast<char*>(nullptr));
+    _exit(127);
+  }
+  int status = 0;
+  rusage usage{};
+  EXPECT_EQ(wait4(child, &status, 0, &usage), child);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+  return static_cast<double>(usage.ru_maxrss) / 1024;
+}
+
+TEST_F(PreparedData, MemoryDoesNotGrowWithTheCorpus) {
+  const double small = memory_of_preparing(folder_, 24);
+  const double large = memory_of_preparing(folder_, 144);
+  EXPECT_LT(large, small + 24) << "MiB for 144 MB of text, " << small << " for 24 MB";
+}
 
 TEST_F(PreparedData, PrepareThenInspect) {
   const std::string out = (folder_ / "data").string();

@@ -258,6 +258,20 @@ TEST_F(TrainingCommand, ADivergedRunGivesUpNoOlderCheckpoint) {
   }
 }
 
+TEST_F(TrainingCommand, EveryBenchmarkRunsAtATinySize) {
+  const std::string tiny = " --config " ARCUS_SOURCE_DIR
+                           "/launch/configs/tiny.toml --repeats 1 --set parallel.threads=1 "
+                           "--set run.data=" +
+                           data();
+  for (const auto& [name, expected] :
+       {std::pair{"gemm", "all three"}, std::pair{"dispatch", "MPI_Alltoallv alone"},
+        std::pair{"step", "roofline"}}) {
+    const ShellResult result = arcus(2, std::string("bench ") + name + tiny);
+    EXPECT_EQ(result.code, 0) << result.out;
+    EXPECT_TRUE(contains(result.out, expected)) << result.out;
+  }
+}
+
 TEST_F(TrainingCommand, OutputThatCannotBeWrittenIsAnError) {
   if (!fs::exists("/dev/full")) GTEST_SKIP() << "no /dev/full";
   for (const std::string& command : {"inspect --held-out words " + data(),
