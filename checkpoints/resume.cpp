@@ -103,6 +103,7 @@ std::vector<fs::path> list_checkpoints(const fs::path& run_dir) {
   std::sort(found.begin(), found.end(),
             [](const auto& a, const auto& b) { return a.first > b.first; });
   std::vector<fs::path> paths;
+  paths.reserve(found.size());
   for (auto& [step, path] : found) paths.push_back(std::move(path));
   return paths;
 }
@@ -122,7 +123,7 @@ std::optional<fs::path> find_latest(const fs::path& run_dir) {
 }
 
 fs::path locate_checkpoint(const fs::path& path) {
-  const fs::path folder = layout::normalized(path);
+  fs::path folder = layout::normalized(path);
   ARCUS_REQUIRE(fs::exists(folder), ExitCode::checkpoint, "{} does not exist", folder.string());
   if (layout::step_of_name(folder.filename().string()) ||
       fs::exists(folder / layout::kChecksumsName) || fs::exists(folder / layout::kIndexName)) {

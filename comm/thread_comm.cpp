@@ -363,6 +363,7 @@ void run_on_threads(int num_ranks, CommunicatorOptions options,
   const auto world = std::make_shared<World>(num_ranks);
   std::vector<Outcome> outcomes(static_cast<std::size_t>(num_ranks));
   std::vector<std::thread> threads;
+  threads.reserve(outcomes.size());
   for (int rank = 0; rank < num_ranks; ++rank) {
     threads.emplace_back([&, rank] {
       outcomes[static_cast<std::size_t>(rank)] = run_rank(world, rank, options, body);

@@ -155,7 +155,7 @@ void TokenDispatcher::sort_slots(ConstTensorView expert_of_slot, DispatchPlan& p
       ARCUS_CHECK(experts[k] >= -1 && experts[k] < options_.num_experts,
                   "token {}, choice {} goes to expert {} of {}", t, k, experts[k],
                   options_.num_experts);
-      if (experts[k] >= 0) ++next_row[static_cast<std::size_t>(experts[k] + 1)];
+      if (experts[k] >= 0) ++next_row[static_cast<std::size_t>(experts[k]) + 1];
     }
   }
   for (std::size_t e = 1; e < next_row.size(); ++e) next_row[e] += next_row[e - 1];

@@ -50,7 +50,7 @@ fs::path folder_of(const std::string& path) {
   ARCUS_REQUIRE(fs::exists(given), ExitCode::usage,
                 "{} does not exist; give a checkpoint, a run folder or a data set", path);
   if (fs::is_directory(given)) return given;
-  const fs::path parent = given.has_parent_path() ? given.parent_path() : fs::path(".");
+  fs::path parent = given.has_parent_path() ? given.parent_path() : fs::path(".");
   ARCUS_REQUIRE(is_dataset(parent) || fs::exists(parent / "index.h5"), ExitCode::usage,
                 "{} is no part of a checkpoint or a data set; give one of their folders", path);
   return parent;

@@ -113,7 +113,7 @@ A scores_row(A* s, const A* z, std::int64_t num_experts, Score score) {
   const A max = max_terms<A>(num_experts, -std::numeric_limits<A>::infinity(),
                              [=](std::int64_t i) { return z[i]; });
   const A sum = sum_terms<A>(num_experts, [=](std::int64_t i) { return exp(z[i] - max); });
-  if (score == Score::softmax) {
+  if (score == Score::softmax) {  // NOLINT(bugprone-branch-clone): it does not look into the loops
 #pragma omp simd
     for (std::int64_t i = 0; i < num_experts; ++i) s[i] = exp(z[i] - max) / sum;
   } else {

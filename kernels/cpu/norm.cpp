@@ -48,7 +48,7 @@ void norm_backward_group(T* dx, const T* dy, const T* residual, const T* x, cons
     const A x_hat = static_cast<A>(x[i]) * inv_rms;
     return inv_rms * (static_cast<A>(dy[i]) * gain[i] - x_hat * mean);
   };
-  if (residual == nullptr) {
+  if (residual == nullptr) {  // NOLINT(bugprone-branch-clone): it does not look into the loops
 #pragma omp simd
     for (std::int64_t i = 0; i < n; ++i) store(dx[i], through_norm(i));
   } else {

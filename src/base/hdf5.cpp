@@ -327,7 +327,7 @@ void File::create_virtual_dataset(const std::string& name, DType dtype, const Sh
       const Handle source_space = make_space(source_shape, code_);
       std::vector<hsize_t> start(source_shape.size(), 0);
       std::vector<hsize_t> extent = dims_of(source_shape);
-      start[0] = static_cast<hsize_t>(source.source_begin + done);
+      start[0] = static_cast<hsize_t>(source.source_begin) + static_cast<hsize_t>(done);
       extent[0] = static_cast<hsize_t>(count);
       ARCUS_H5(code_,
                H5Sselect_hyperslab(source_space.id(), H5S_SELECT_SET, start.data(), nullptr,

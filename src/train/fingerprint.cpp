@@ -82,7 +82,7 @@ std::string arithmetic_fingerprint(DType compute, int num_threads) {
 
 std::string check_fingerprints(Communicator& world, Stream& stream, DType compute,
                                bool reproducible) {
-  const std::string mine = arithmetic_fingerprint(compute, stream.num_threads());
+  std::string mine = arithmetic_fingerprint(compute, stream.num_threads());
   const std::vector<std::string> all = gather_texts(world, stream, mine);
   std::string different;
   for (std::size_t rank = 1; rank < all.size(); ++rank) {

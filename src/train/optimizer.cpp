@@ -42,6 +42,7 @@ void Optimizer::plan_norm() {
   const int ep = experts.num_ranks();
   const int world = instance_->world().size();
   std::vector<FlatShards> expert_shards;
+  expert_shards.reserve(static_cast<std::size_t>(ep));
   for (int r = 0; r < ep; ++r) {
     expert_shards.push_back(
         make_shards(registry.blocks(FlatId::expert_compute, experts.begin(r), experts.count(r)),
