@@ -142,6 +142,16 @@ struct BadRule {
   const char* expected;
 };
 
+/// Each combination must be refused with its message.
+void expect_refused(const std::vector<BadRule>& bad) {
+  for (const BadRule& c : bad) {
+    Config config;
+    for (const std::string& assignment : c.sets) apply_set(config, assignment);
+    const std::string message = usage_error([&] { validate(config); });
+    EXPECT_NE(message.find(c.expected), std::string::npos) << c.sets[0] << "\n-> " << message;
+  }
+}
+
 TEST(RunConfig, CrossFieldRulesNameFieldsValuesAndARemedy) {
   const std::vector<BadRule> bad = {
       {{"train.global_batch_seqs=7", "train.micro_batch_seqs=2"},
@@ -160,12 +170,7 @@ TEST(RunConfig, CrossFieldRulesNameFieldsValuesAndARemedy) {
       {{"routing.min_capacity=100000"}, "routing.min_capacity (100000) exceeds the 512 tokens"},
   };
   EXPECT_EQ(usage_error([] { validate(Config()); }), "");
-  for (const BadRule& c : bad) {
-    Config config;
-    for (const std::string& assignment : c.sets) apply_set(config, assignment);
-    const std::string message = usage_error([&] { validate(config); });
-    EXPECT_NE(message.find(c.expected), std::string::npos) << c.sets[0] << "\n-> " << message;
-  }
+  expect_refused(bad);
 }
 
 TEST(RunConfig, RoutingsThatMakeNoSenseAreRefusedWithOneThatDoes) {
@@ -206,12 +211,7 @@ TEST(RunConfig, RoutingsThatMakeNoSenseAreRefusedWithOneThatDoes) {
       {{"routing.override.0.layers=1", "routing.override.0.topk=9"},
        "in layers 1: model.topk (9) exceeds model.num_experts (8)"},
   };
-  for (const BadRule& c : bad) {
-    Config config;
-    for (const std::string& assignment : c.sets) apply_set(config, assignment);
-    const std::string message = usage_error([&] { validate(config); });
-    EXPECT_NE(message.find(c.expected), std::string::npos) << c.sets[0] << "\n-> " << message;
-  }
+  expect_refused(bad);
 }
 
 TEST(RunConfig, OverridesChangeTheirLayersAlone) {
