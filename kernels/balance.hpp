@@ -121,4 +121,22 @@ struct PredictorLoss {
 };
 ARCUS_DECLARE_OP(predictor_loss, PredictorLoss)
 
+/// Mean of the values of a column, f64 in token order; 0 of none.
+struct ColumnMean {
+  double* mean = nullptr;  ///< out
+  ConstTensorView x;       ///< [T, 1] A
+};
+ARCUS_DECLARE_OP(column_mean, ColumnMean)
+
+/// Gradient of a decision layer's logits: dd_t = dd_chosen_i where t = index_i, else 0; to that
+/// dmean / T g_t (1 - g_t), the gradient of what was made of the mean of g.
+struct DecisionBackward {
+  TensorView dd;              ///< [T, 1] A
+  ConstTensorView dd_chosen;  ///< [T', 1] A
+  ConstTensorView index;      ///< [1, T'] i32, ascending
+  ConstTensorView g;          ///< [T, 1] A
+  double dmean = 0;
+};
+ARCUS_DECLARE_OP(decision_backward, DecisionBackward)
+
 }  // namespace arcus

@@ -80,6 +80,14 @@ struct GemmShape {
   bool bias = false;
   bool accumulate = false;  ///< forward, dgrad; wgrad is built both ways
 };
+/// The products of the gradients of the linear layer `forward`.
+inline std::vector<GemmShape> gradient_shapes(GemmShape forward) {
+  forward.bias = false;
+  std::vector<GemmShape> shapes(2, forward);
+  shapes[0].kind = GemmKind::dgrad;
+  shapes[1].kind = GemmKind::wgrad;
+  return shapes;
+}
 struct PrimitiveReport {
   std::int64_t primitives = 0;
   std::int64_t bytes = 0;  ///< scratch memory set aside

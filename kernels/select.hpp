@@ -70,12 +70,21 @@ struct SelectByExperts {
 };
 ARCUS_DECLARE_OP(select_by_experts, SelectByExperts)
 
-/// The causal form: topk_idx[t] = the experts with p > 0, ascending, then -1.
-struct SelectPositive {
+/// topk_idx[t] = the experts with p > threshold, ascending, then -1.
+struct SelectAbove {
   TensorView topk_idx;  ///< [T, E] i32
-  ConstTensorView p;    ///< [T, E] A: logits of a predictor
+  ConstTensorView p;    ///< [T, E] A
+  double threshold = 0;
 };
-ARCUS_DECLARE_OP(select_positive, SelectPositive)
+ARCUS_DECLARE_OP(select_above, SelectAbove)
+
+/// index = the tokens with a choice (>= 0), ascending; `count` of them.
+struct ListChosen {
+  TensorView index;            ///< [1, T] i32
+  std::int64_t* count = nullptr;
+  ConstTensorView chosen;      ///< [T, 1] i32
+};
+ARCUS_DECLARE_OP(list_chosen, ListChosen)
 
 enum class DropPolicy { position, probs };
 /// Which assignments stay when more than `capacity` want an expert. expert_of_slot = what is

@@ -216,9 +216,19 @@ std::vector<Option> routing_options() {
       option("noise", &C::noise, "in training learned normal noise on the logits, times this",
              at_least(0)),
       option("allow_future_leak", &C::allow_future_leak,
-             "accept a selection that looks at later tokens (expert_choice)"),
+             "accept a selection that looks at later tokens (expert_choice, stream \"capacity\")"),
       option("sinkhorn_iterations", &C::sinkhorn_iterations, "rounds of balancing of \"sinkhorn\"",
-             at_least(1))};
+             at_least(1)),
+      option("stream", &C::stream, "which tokens go through the experts at all",
+             one_of(names_of(stream_table()))),
+      option("stream_theta", &C::stream_theta, "\"threshold\": those with a gate value above it",
+             from_to_below(0, 1)),
+      option("stream_capacity_factor", &C::stream_capacity_factor,
+             "\"capacity\": share of the micro-batch's tokens that go", between(1e-6, 1)),
+      option("stream_target_share", &C::stream_target_share,
+             "where stream_target_loss holds the mean gate value", between(1e-6, 1)),
+      option("stream_target_loss", &C::stream_target_loss,
+             "coefficient of the squared distance from it; 0 = off", at_least(0))};
 }
 
 Section routing_section() {

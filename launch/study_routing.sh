@@ -62,14 +62,16 @@ load_of() {
     | "\(map(.load) | max | . * 100 | round / 100) \(map(.dead) | add)"' "$1"
 }
 
-# Of the last fifth of the steps: dropped share of the assignments, entropy (nats), ms per step.
+# Of the last fifth of the steps: dropped share of the assignments, entropy (nats), share of the tokens
+# that go through the experts, ms per step.
 training_of() {
   jq -s -r --argjson from $((steps * 4 / 5)) '[.[] | select(.step > $from and .loss)]
     | ([.[].layers[] | select(.tokens_per_expert | length > 0)] ) as $layers
     | (($layers | map(.dropped) | add) / ($layers | map(.tokens_per_expert | add) | add) * 100 * 10 | round / 10) as $dropped
     | (($layers | map(.entropy) | add) / ($layers | length) * 100 | round / 100) as $entropy
     | ([.[].timing.step_ms] | sort | .[length / 2 | floor] | round) as $ms
-    | "\($dropped) \($entropy) \($ms)"' "$1"
+    | (($layers | map(.stream_share // 1) | add) / ($layers | length) * 100 | round) as $share
+    | "\($dropped) \($entropy) \($share) \($ms)"' "$1"
 }
 
 write_report() {
@@ -79,15 +81,16 @@ write_report() {
     echo
     echo "$steps steps of 2048 tokens each, two ranks, \`launch/study_routing.sh --steps $steps\`. Held-out text"
     echo "in bits per byte; load = tokens of the busiest expert / mean, worst layer, held-out text; dead ="
-    echo "experts with less than a twentieth of their share there; dropped, entropy and time of training."
+    echo "experts with less than a twentieth of their share there; dropped, entropy, share of the tokens that"
+    echo "go through the experts, and time of training."
     echo
-    echo "| routing | prose | code | chinese | load | dead | dropped % | entropy | ms/step |"
-    echo "|---|---|---|---|---|---|---|---|---|"
+    echo "| routing | prose | code | chinese | load | dead | dropped % | entropy | routed % | ms/step |"
+    echo "|---|---|---|---|---|---|---|---|---|---|"
     for name in $names; do
       # shellcheck disable=SC2046
       set -- $(jq -r '[.eval[].bits_per_byte | . * 1000 | round / 1000 | tostring] | join(" ")' "$out/$name.json") \
         $(load_of "$out/$name.json") $(training_of "$out/$name/metrics.jsonl")
-      echo "| $name | $1 | $2 | $3 | $4 | $5 | $6 | $7 | $8 |"
+      echo "| $name | $1 | $2 | $3 | $4 | $5 | $6 | $7 | $8 | $9 |"
     done
     echo
     echo "![loss](loss.svg)"

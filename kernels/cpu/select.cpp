@@ -308,18 +308,29 @@ void select_by_experts(Stream& stream, const SelectByExperts& args) {
   });
 }
 
-void select_positive(Stream& stream, const SelectPositive& args) {
+void select_above(Stream& stream, const SelectAbove& args) {
   ARCUS_CHECK(args.topk_idx.cols == args.p.cols, "{} slots a token for {} experts",
               args.topk_idx.cols, args.p.cols);
   dispatch_accumulate(args.p.dtype, [&]<class A>() {
+    const A threshold = static_cast<A>(args.threshold);
     parallel_rows(stream, args.p.rows, kRowGrain, [&](std::int64_t begin, std::int64_t end, int) {
       for (std::int64_t t = begin; t < end; ++t) {
         const A* p = args.p.row<A>(t);
         list_experts(args.topk_idx.row<std::int32_t>(t), args.p.cols,
-                     [=](std::int64_t e) { return p[e] > A(0); });
+                     [=](std::int64_t e) { return p[e] > threshold; });
       }
     });
   });
+}
+
+void list_chosen(Stream&, const ListChosen& args) {
+  auto* index = args.index.as<std::int32_t>();
+  const auto* chosen = args.chosen.as<std::int32_t>();
+  std::int64_t count = 0;
+  for (std::int64_t t = 0; t < args.chosen.rows; ++t) {
+    if (chosen[t] >= 0) index[count++] = static_cast<std::int32_t>(t);
+  }
+  *args.count = count;
 }
 
 }  // namespace arcus::cpu

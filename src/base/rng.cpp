@@ -1,5 +1,6 @@
 #include "src/base/rng.hpp"
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <numbers>
@@ -44,13 +45,16 @@ std::array<std::uint32_t, 4> philox4x32(std::array<std::uint32_t, 4> counter, st
 }
 
 Rng::Rng(std::uint64_t seed, std::string_view purpose, std::string_view name) {
-  StreamHash hash;
-  const char separator = 0;
-  hash.update(&seed, sizeof seed);
-  hash.update(purpose.data(), purpose.size());
-  hash.update(&separator, 1);
-  hash.update(name.data(), name.size());
-  key_ = hash.digest();
+  // No memory is allocated: routings draw in every step.
+  std::array<char, 256> bytes;
+  const std::size_t size = sizeof seed + purpose.size() + 1 + name.size();
+  ARCUS_CHECK(size <= bytes.size(), "a random stream's name of {} bytes: {} {}", size, purpose,
+              name);
+  char* at = std::copy_n(reinterpret_cast<const char*>(&seed), sizeof seed, bytes.data());
+  at = std::copy(purpose.begin(), purpose.end(), at);
+  *at++ = 0;
+  std::copy(name.begin(), name.end(), at);
+  key_ = hash_bytes(bytes.data(), size);
 }
 
 std::array<std::uint32_t, 4> Rng::words(std::uint64_t high, std::uint64_t low) const {

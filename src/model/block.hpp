@@ -6,19 +6,24 @@
 
 #include "src/model/attention_layer.hpp"
 #include "src/model/moe_layer.hpp"
+#include "src/model/stream_gate.hpp"
 
 namespace arcus {
 
-/// One pre-norm layer: x + attention(norm(x)), then + feed-forward(norm(.)), dense or MoE.
+/// One pre-norm layer: x + attention(norm(x)), then + feed-forward(norm(.)), dense or MoE. With a
+/// decision layer only some tokens take the second half, T' of T.
 class Block {
  public:
   Block(const ModelConfig& model, const RoutingConfig& routing, std::int64_t layer,
         ParamRegistry& registry);
 
   struct Saved {
-    TensorView inv_rms1, inv_rms2;  ///< [T, 1] accumulate type
-    TensorView h1, h2;              ///< [T, H] normed inputs of attention and feed-forward
+    TensorView inv_rms1, inv_rms2;  ///< [T, 1], [T', 1] accumulate type
+    TensorView h1, h2;              ///< [T, H], [T', H] normed inputs of attention and feed-forward
     TensorView mid;                 ///< [T, H] after attention
+    TensorView ff_in;               ///< [T', H] those rows of it that go on
+    TensorView experts_out;         ///< [T', H], with a decision layer
+    StreamGate::Saved stream;
     AttentionLayer::Saved attention;
     DenseFfn::Saved dense;
     MoeLayer::Saved moe;
@@ -47,10 +52,24 @@ class Block {
   const AttentionLayer& attention() const { return attention_; }
   /// Experts that a token may go to; 0 for a dense layer.
   std::int64_t num_slots() const { return moe_ ? moe_->num_slots() : 0; }
+  /// Share of the tokens that take the feed-forward part, where the configuration says it.
+  double routed_share() const { return routed_share_; }
 
  private:
   void feed_forward(PassContext& ctx, const ParamStore& params, TokenDispatcher& dispatcher,
-                    TensorView out, ConstTensorView mid, Saved& saved, bool replay) const;
+                    TensorView out, ConstTensorView x, Saved& saved, bool replay) const;
+  /// The second half of a block with a decision layer, and its backward pass: dmid, and what comes
+  /// back to x [T, H] beside attention.
+  void two_level(PassContext& ctx, const ParamStore& params, TokenDispatcher& dispatcher,
+                 TensorView out, ConstTensorView x, Saved& saved, bool replay) const;
+  void two_level_backward(PassContext& ctx, const ParamStore& params, TokenDispatcher& dispatcher,
+                          TensorView dmid, TensorView dwide, ConstTensorView dout,
+                          const Saved& saved) const;
+  void allocate_second_half(Arena& arena, std::int64_t num_tokens, DType compute,
+                            Saved& saved) const;
+  void norm_backward(PassContext& ctx, const ParamStore& params, ParamRef gain, TensorView dx,
+                     ConstTensorView dy, ConstTensorView residual, ConstTensorView x,
+                     ConstTensorView inv_rms) const;
   void norm(PassContext& ctx, const ParamStore& params, ParamRef gain, TensorView y,
             TensorView inv_rms, ConstTensorView x) const;
 
@@ -60,6 +79,8 @@ class Block {
   ParamRef post_attention_norm_;
   std::optional<DenseFfn> dense_;
   std::optional<MoeLayer> moe_;
+  std::optional<StreamGate> stream_;
+  double routed_share_ = 1;
 };
 
 }  // namespace arcus

@@ -146,9 +146,38 @@ void validate_losses(const ModelConfig& m, const RoutingConfig& r) {
                 "routing.center_bias needs routing.expert_bias_rate above 0; set it to 0.001");
 }
 
+void validate_stream(const RoutingConfig& r) {
+  const StreamRow& row = find_stream(r.stream);
+  ARCUS_REQUIRE(r.stream_theta >= 0 && r.stream_theta < 1, ExitCode::usage,
+                "routing.stream_theta is {}; it must be at least 0 and below 1", r.stream_theta);
+  ARCUS_REQUIRE(r.stream_capacity_factor >= 1e-6 && r.stream_capacity_factor <= 1, ExitCode::usage,
+                "routing.stream_capacity_factor is {}; it must be between 0.000001 and 1",
+                r.stream_capacity_factor);
+  ARCUS_REQUIRE(r.stream_target_share > 0 && r.stream_target_share <= 1, ExitCode::usage,
+                "routing.stream_target_share is {}; it must be above 0 and at most 1",
+                r.stream_target_share);
+  ARCUS_REQUIRE(r.stream_target_loss >= 0, ExitCode::usage,
+                "routing.stream_target_loss is {}; it must not be negative", r.stream_target_loss);
+  ARCUS_REQUIRE(r.stream_target_loss == 0 || row.decides, ExitCode::usage,
+                "routing.stream_target_loss ({}) needs a decision layer; set routing.stream to "
+                "\"threshold\", or stream_target_loss to 0",
+                r.stream_target_loss);
+  ARCUS_REQUIRE(
+      !row.predicts || r.allow_future_leak, ExitCode::usage,
+      "routing.stream \"{}\" looks at later tokens: what a token gets in training depends on "
+      "text that a causal model must not know; set routing.allow_future_leak to true if you "
+      "accept that, or stream to \"threshold\"",
+      row.name);
+  ARCUS_REQUIRE(r.quantile_rate == 0 || row.passes_all, ExitCode::usage,
+                "routing.quantile_rate ({}) needs all tokens at the gate, but routing.stream "
+                "\"{}\" lets some pass by; set stream to \"weighted\" or quantile_rate to 0",
+                r.quantile_rate, row.name);
+}
+
 void validate_routing(const ModelConfig& m, const RoutingConfig& r) {
   find_score(r.score);
   find_select(r.select);
+  validate_stream(r);
   ARCUS_REQUIRE(
       !(m.topk == 1 && r.renormalize), ExitCode::usage,
       "routing.renormalize with model.topk = 1 makes every weight 1, so the gate would not "

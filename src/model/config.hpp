@@ -59,6 +59,11 @@ struct RoutingConfig {
   double noise = 0;
   std::int64_t sinkhorn_iterations = 8;
   bool allow_future_leak = false;
+  std::string stream = "none";  ///< a row of the stream table: who goes through the experts at all
+  double stream_theta = 0.5;
+  double stream_capacity_factor = 0.5;
+  double stream_target_share = 0.5;
+  double stream_target_loss = 0;
 };
 
 /// How one layer routes.

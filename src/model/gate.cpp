@@ -197,6 +197,7 @@ void Gate::select_and_drop(PassContext& ctx, Routing& routing) const {
        // Experts that chose their tokens themselves have kept to it already.
        .capacity = ctx.training && find_select(routing_.select).predicts ? 0 : routing.capacity,
        .policy = routing_.drop_policy == "probs" ? DropPolicy::probs : DropPolicy::position});
+  ctx.stats.routed[static_cast<std::size_t>(ctx.layer)] = tokens;
   const auto* kept = routing.expert_of_slot.as<std::int32_t>();
   const auto* count = demand.as<std::int64_t>();
   std::copy_n(count, model_.num_experts, ctx.stats.demand.begin() + ctx.layer * model_.num_experts);
@@ -218,7 +219,7 @@ void Gate::report(PassContext& ctx, Routing& routing) const {
                    .lse = routing.lse,
                    .topk = model_.topk});
   ctx.stats.z_loss[layer] = routing_.z_loss * ctx.batch.weight * z_loss;
-  ctx.stats.aux_loss[layer] = 0;
+  ctx.stats.aux_loss[layer] = ctx.stats.predictor_loss[layer] = 0;
   if (predictor_weight_.valid()) {
     double loss = 0;
     predictor_loss(ctx.stream,
@@ -379,29 +380,20 @@ void Gate::allocate_scratch(Arena& arena, std::int64_t num_tokens, DType compute
   arena.allocate_bytes(1 << 12);  // rounding of the pieces to the arena's alignment
 }
 
-std::vector<GemmShape> Gate::gemm_shapes(std::int64_t max_tokens, DType compute,
-                                         bool training) const {
+std::vector<GemmShape> Gate::gemm_shapes(std::int64_t min_tokens, std::int64_t max_tokens,
+                                         DType compute, bool training) const {
   const DType acc = accumulate_dtype(compute);
   const std::int64_t e = model_.num_experts;
   const std::int64_t h = model_.hidden_size;
-  GemmShape shape{.kind = GemmKind::forward,
-                  .dtype = acc,
-                  .result_dtype = acc,
-                  .out = e,
-                  .in = h,
-                  .x_stride = h,
-                  .y_stride = e,
-                  .min_rows = max_tokens,
-                  .max_rows = max_tokens,
-                  .bias = bias_.valid()};
-  std::vector<GemmShape> shapes{shape};
-  if (!training) return shapes;
-  shape.bias = false;
-  shape.kind = GemmKind::dgrad;
-  shapes.push_back(shape);
-  shape.kind = GemmKind::wgrad;
-  shapes.push_back(shape);
-  return shapes;
+  if (!training) return {};
+  return gradient_shapes({.dtype = acc,
+                          .result_dtype = acc,
+                          .out = e,
+                          .in = h,
+                          .x_stride = h,
+                          .y_stride = e,
+                          .min_rows = min_tokens,
+                          .max_rows = max_tokens});
 }
 
 }  // namespace arcus

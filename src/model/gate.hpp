@@ -26,7 +26,8 @@ class Gate {
   /// Allocates as much as either pass does at most.
   void allocate_scratch(Arena& arena, std::int64_t num_tokens, DType compute) const;
   /// Products for build_primitives.
-  std::vector<GemmShape> gemm_shapes(std::int64_t max_tokens, DType compute, bool training) const;
+  std::vector<GemmShape> gemm_shapes(std::int64_t min_tokens, std::int64_t max_tokens,
+                                     DType compute, bool training) const;
   /// Slots per token.
   std::int64_t num_slots() const { return arcus::num_slots(model_, routing_); }
 

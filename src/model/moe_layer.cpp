@@ -241,29 +241,25 @@ void MoeLayer::allocate_backward_scratch(Arena& arena, std::int64_t num_tokens, 
   arena.allocate_bytes(1 << 14);  // rounding of the pieces above to the arena's alignment
 }
 
-std::vector<GemmShape> MoeLayer::gemm_shapes(std::int64_t max_tokens, std::int64_t max_segment_rows,
-                                             DType compute, bool training) const {
-  std::vector<GemmShape> shapes = gate_.gemm_shapes(max_tokens, compute, training);
+std::vector<GemmShape> MoeLayer::gemm_shapes(std::int64_t min_tokens, std::int64_t max_tokens,
+                                             std::int64_t max_segment_rows, DType compute,
+                                             bool training) const {
+  std::vector<GemmShape> shapes = gate_.gemm_shapes(min_tokens, max_tokens, compute, training);
   const auto append = [&](const std::vector<GemmShape>& more) {
     shapes.insert(shapes.end(), more.begin(), more.end());
   };
   append(ffn_gemm_shapes(shape_, compute, max_segment_rows, training));
   if (shared_) append(shared_->gemm_shapes(max_tokens, compute, training));
-  if (shared_gate_.valid()) {
+  if (shared_gate_.valid() && training) {
     const DType acc = accumulate_dtype(compute);
-    GemmShape shape{.kind = GemmKind::forward,
-                    .dtype = acc,
-                    .result_dtype = acc,
-                    .out = 1,
-                    .in = model_.hidden_size,
-                    .x_stride = model_.hidden_size,
-                    .y_stride = 1,
-                    .min_rows = max_tokens,
-                    .max_rows = max_tokens};
-    for (const GemmKind kind : {GemmKind::forward, GemmKind::dgrad, GemmKind::wgrad}) {
-      shape.kind = kind;
-      if (training || kind == GemmKind::forward) shapes.push_back(shape);
-    }
+    append(gradient_shapes({.dtype = acc,
+                            .result_dtype = acc,
+                            .out = 1,
+                            .in = model_.hidden_size,
+                            .x_stride = model_.hidden_size,
+                            .y_stride = 1,
+                            .min_rows = min_tokens,
+                            .max_rows = max_tokens}));
   }
   return shapes;
 }

@@ -36,6 +36,10 @@ class MoeLayer {
   void allocate_tokens(Arena& arena, std::int64_t num_tokens, DType compute, Saved& saved) const;
   void allocate_rows(Arena& arena, std::int64_t rows, std::int64_t padded, DType compute,
                      Saved& saved) const;
+  /// Only the first `num_tokens` tokens are there, in all that follows.
+  void keep_tokens(std::int64_t num_tokens, Saved& saved) const {
+    saved.routing = saved.routing.first_tokens(num_tokens);
+  }
   /// Most scratch memory that forward, and backward, needs.
   void allocate_forward_scratch(Arena& arena, std::int64_t num_tokens, DType compute) const {
     gate_.allocate_scratch(arena, num_tokens, compute);
@@ -43,7 +47,7 @@ class MoeLayer {
   void allocate_backward_scratch(Arena& arena, std::int64_t num_tokens, std::int64_t rows,
                                  std::int64_t padded, DType compute) const;
 
-  /// out = sum_j w_j y_j + shared + residual, h [T, H] the normed input with 32 readable rows
+  /// out = sum_j w_j y_j + shared + residual (empty: without), h [T, H] the normed input with 32 readable rows
   /// behind it. Allocates the rows part of `saved` from ctx.saved. `replay`: see Gate::forward; the
   /// plan is used again.
   void forward(PassContext& ctx, const ParamStore& params, TokenDispatcher& dispatcher,
@@ -52,8 +56,10 @@ class MoeLayer {
   /// dh [T, H] from dout [T, H]; adds the leaves.
   void backward(PassContext& ctx, const ParamStore& params, TokenDispatcher& dispatcher,
                 TensorView dh, ConstTensorView dout, ConstTensorView h, const Saved& saved) const;
-  std::vector<GemmShape> gemm_shapes(std::int64_t max_tokens, std::int64_t max_segment_rows,
-                                     DType compute, bool training) const;
+  /// For micro-batches of min_tokens to max_tokens tokens.
+  std::vector<GemmShape> gemm_shapes(std::int64_t min_tokens, std::int64_t max_tokens,
+                                     std::int64_t max_segment_rows, DType compute,
+                                     bool training) const;
   std::int64_t num_slots() const { return gate_.num_slots(); }
 
  private:

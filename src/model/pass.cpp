@@ -22,6 +22,11 @@ Routing Routing::first_tokens(std::int64_t tokens) const {
                            &first.z_clean, &first.inv_norm, &first.cosine, &first.predictor}) {
     if (view->data != nullptr) *view = view->row_range(0, tokens);
   }
+  if (const TensorView wide = x_wide; wide.data != nullptr && tokens < wide.rows) {
+    const std::int64_t count = padded_rows(tokens) - tokens;
+    std::memset(wide.row_range(tokens, count).data, 0,
+                static_cast<std::size_t>(count * wide.cols) * size_of(wide.dtype));
+  }
   return first;
 }
 

@@ -21,6 +21,8 @@ struct MicroBatch {
   std::int64_t first_token = 0;         ///< global index of token 0 in the step
   std::span<const std::int64_t> sequence_offsets;  ///< [num_seqs + 1] real tokens before each
   ConstTensorView ids;                             ///< [1, T] i32
+  /// [1, T] i32 places in the micro-batch of which these are some tokens; empty: all of them.
+  ConstTensorView token_idx;
   ConstTensorView targets;                         ///< [1, T] i32, -1 = none
   ConstTensorView position;                        ///< [1, T] i32, inside the sequence
   ConstTensorView first_key;  ///< [1, T] i32, first position that may be attended to
@@ -38,8 +40,10 @@ struct MicroBatchStats {
   /// [L], parts of the loss (coefficients and weight included): all balancing losses but z.
   std::vector<double> aux_loss;
   std::vector<double> z_loss;          ///< [L], likewise
-  std::vector<double> entropy_sum;     ///< [L], sum over tokens
+  std::vector<double> entropy_sum;     ///< [L], sum over tokens that the gate saw
   std::vector<double> predictor_loss;  ///< [L], weighted by the micro-batch; no part of the loss
+  std::vector<double> stream_gate;     ///< [L], mean of g, weighted by the micro-batch
+  std::vector<std::int64_t> routed;    ///< [L], tokens that the gate saw
   std::vector<std::int64_t> demand;    ///< [L * E], tokens per expert before drops
   std::vector<std::int64_t> score_counts;  ///< [L * E], tokens whose K largest s hold the expert
   std::vector<std::int64_t> dropped;       ///< [L], assignments
@@ -66,9 +70,11 @@ struct Routing {
   TensorView w_hat;              ///< [E, H] A: W_i / |W_i|, cosine
   TensorView w_inv_norm;         ///< [E, 1] A
   TensorView predictor;          ///< [T, E] A: logits of who will be chosen
+  TensorView stream_gate;        ///< [T of the whole micro-batch, 1] A: g, with a stream row
   std::int64_t capacity = 0;     ///< 0 = dropless
 
-  /// The first `tokens` rows of everything that has a row a token.
+  /// The first `tokens` rows of everything that has a row a token, rows behind them cleared where
+  /// weight gradients read them.
   Routing first_tokens(std::int64_t tokens) const;
 };
 
@@ -94,6 +100,11 @@ struct PassContext {
   /// Called where the pass may block on other ranks (watchdog).
   const std::function<void(std::int64_t layer, const char* what)>* heartbeat = nullptr;
 
+  /// The same for another micro-batch.
+  PassContext with(const MicroBatch& other) const {
+    return {stream, saved, scratch, other, stats,    training,  seed,
+            balance, step, layer,   observer, heartbeat};
+  }
   void beat(const char* what) const {
     if (heartbeat != nullptr && *heartbeat) (*heartbeat)(layer, what);
   }

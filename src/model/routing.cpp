@@ -58,7 +58,7 @@ bool select_balanced(const GateContext& gate, TensorView wanted) {
 bool select_by_expert(const GateContext& gate, TensorView) {
   Routing& r = gate.routing;
   if (!gate.pass.training) {
-    select_positive(gate.pass.stream, {.topk_idx = r.topk_idx, .p = r.predictor});
+    select_above(gate.pass.stream, {.topk_idx = r.topk_idx, .p = r.predictor});
     return false;
   }
   const ArenaScope scope(gate.pass.scratch);
@@ -280,11 +280,27 @@ constexpr std::array kBalances{
                .forward = keep_quantile_scores,
                .backward_scores = nullptr}};
 
+constexpr std::array kStreams{
+    StreamRow{.name = "none", .what = "all tokens, no decision layer", .passes_all = true},
+    StreamRow{.name = "threshold",
+              .what = "tokens whose gate value exceeds stream_theta",
+              .decides = true},
+    StreamRow{.name = "weighted",
+              .what = "all tokens, each as much as its gate value says",
+              .decides = true,
+              .passes_all = true},
+    StreamRow{.name = "capacity",
+              .what = "the largest gate values of the micro-batch; evaluation asks a predictor",
+              .decides = true,
+              .predicts = true}};
+
 template <class Table>
 const auto& find(const Table& table, std::string_view key, std::string_view name) {
-  std::string known;
   for (const auto& row : table) {
     if (row.name == name) return row;
+  }
+  std::string known;
+  for (const auto& row : table) {
     known += fmt::format("{}\"{}\"", known.empty() ? "" : ", ", row.name);
   }
   ARCUS_FAIL(ExitCode::usage, "routing.{} is \"{}\"; it must be one of {}", key, name, known);
@@ -301,9 +317,11 @@ TokenDraws GateContext::draws(std::string_view purpose) const {
 std::span<const ScoreRow> score_table() { return kScores; }
 std::span<const SelectRow> select_table() { return kSelects; }
 std::span<const BalanceRow> balance_table() { return kBalances; }
+std::span<const StreamRow> stream_table() { return kStreams; }
 
 const ScoreRow& find_score(std::string_view name) { return find(kScores, "score", name); }
 const SelectRow& find_select(std::string_view name) { return find(kSelects, "select", name); }
+const StreamRow& find_stream(std::string_view name) { return find(kStreams, "stream", name); }
 
 void validate_combination(const ModelConfig& m, const RoutingConfig& r) {
   const SelectRow& select = find_select(r.select);
@@ -361,6 +379,11 @@ std::string combinations_table() {
       text += fmt::format(" {} |", mark(allowed));
     }
     text += "\n";
+  }
+  text += "\n| stream | what | select | quantile_rate | allow_future_leak |\n|---|---|---|---|---|\n";
+  for (const StreamRow& stream : kStreams) {
+    text += fmt::format("| {} | {} | any | {} | {} |\n", stream.name, stream.what,
+                        mark(stream.passes_all), stream.predicts ? "needed" : "-");
   }
   return text;
 }

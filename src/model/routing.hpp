@@ -53,6 +53,15 @@ struct SelectRow {
   bool (*select)(const GateContext& gate, TensorView wanted);
 };
 
+/// Which tokens go through a block's experts at all: the first of two levels.
+struct StreamRow {
+  std::string_view name;
+  std::string_view what;
+  bool decides;     ///< there is a decision layer
+  bool passes_all;  ///< every token goes
+  bool predicts;    ///< looks at the whole micro-batch; evaluation asks a predictor
+};
+
 /// One balancing term. A term that is not active adds nothing.
 struct BalanceRow {
   std::string_view name;
@@ -68,15 +77,17 @@ struct BalanceRow {
 std::span<const ScoreRow> score_table();
 std::span<const SelectRow> select_table();
 std::span<const BalanceRow> balance_table();
+std::span<const StreamRow> stream_table();
 
 /// The row of that name; throws (usage), listing the names, for an unknown one.
 const ScoreRow& find_score(std::string_view name);
 const SelectRow& find_select(std::string_view name);
+const StreamRow& find_stream(std::string_view name);
 
 /// Rules that follow from the rows' properties. Throws (usage) naming keys, values and a
 /// combination that would do.
 void validate_combination(const ModelConfig& model, const RoutingConfig& routing);
-/// Which select rows go with what, as Markdown, from the same properties.
+/// Which select and stream rows go with what, as Markdown, from the same properties.
 std::string combinations_table();
 
 }  // namespace arcus

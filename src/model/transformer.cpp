@@ -54,6 +54,8 @@ MicroBatchStats Transformer::make_stats() const {
   stats.z_loss.resize(layers);
   stats.entropy_sum.resize(layers);
   stats.predictor_loss.resize(layers);
+  stats.stream_gate.resize(layers);
+  stats.routed.resize(layers);
   stats.demand.resize(layers * static_cast<std::size_t>(model_.num_experts));
   stats.score_counts.resize(stats.demand.size());
   stats.dropped.resize(layers);
@@ -321,8 +323,9 @@ double Transformer::training_flops_per_token(std::int64_t seq_len) const {
       weights += 3 * h * d(model_.dense_ff_size);
       continue;
     }
-    weights += h * d(model_.num_experts) +
-               3 * h * d(model_.expert_ff_size) * d(block.num_slots() + model_.num_shared_experts);
+    weights += block.routed_share() *
+               (h * d(model_.num_experts) + 3 * h * d(model_.expert_ff_size) *
+                                                d(block.num_slots() + model_.num_shared_experts));
   }
   // Two products of [S, D] by [D, S] per head and layer, half of them masked.
   const double attention = d(model_.num_layers) * 2 * d(seq_len) * q;

@@ -24,7 +24,7 @@ class DomainEvaluator {
         heartbeat_(heartbeat),
         buffers_(instance.options().micro_batch_seqs, instance.options().seq_len),
         stats_(instance.transformer().make_stats()),
-        counts_(stats_.demand.size()) {
+        counts_(stats_.demand.size() + stats_.routed.size()) {
     const std::int64_t seqs = instance.options().micro_batch_seqs;
     const std::int64_t all = (sampler.num_windows() + seqs - 1) / seqs;
     schedule_ = {max_micro_batches > 0 ? std::min(all, max_micro_batches) : all,
@@ -37,21 +37,23 @@ class DomainEvaluator {
     for (std::int64_t round = 0; round < schedule_.rounds(); ++round) {
       for (const double part : gather(run_round(round))) loss += part;
     }
-    // Targets, bytes, then tokens per expert of every layer.
-    counts_.push_back(targets_);
-    counts_.push_back(bytes_);
+    // Tokens per expert and tokens routed of every layer; targets, bytes and tokens.
+    const std::size_t scalars = counts_.size();
+    counts_.insert(counts_.end(), {targets_, bytes_, tokens_});
     Stream& stream = instance_.stream();
     stream.wait(instance_.world().all_reduce(
         stream,
         {.buffer = {counts_.data(), DType::i64, 1, static_cast<std::int64_t>(counts_.size())}}));
-    result.bytes = counts_.back();
-    counts_.pop_back();
-    result.tokens = counts_.back();
-    counts_.pop_back();
+    result.tokens = counts_[scalars];
+    result.bytes = counts_[scalars + 1];
+    const auto all = static_cast<double>(std::max<std::int64_t>(1, counts_[scalars + 2]));
     const ModelConfig& model = instance_.options().model;
     for (std::int64_t l = 0; l < model.num_layers; ++l) {
       auto& experts = result.tokens_per_expert.emplace_back();
+      auto& share = result.stream_share.emplace_back(1);
       if (l < model.first_k_dense) continue;
+      const auto routed = stats_.demand.size() + static_cast<std::size_t>(l);
+      share = static_cast<double>(counts_[routed]) / all;
       const auto begin = counts_.begin() + l * model.num_experts;
       experts.assign(begin, begin + model.num_experts);
     }
@@ -80,8 +82,12 @@ class DomainEvaluator {
     instance_.transformer().evaluate(ctx, instance_.params(), instance_.dispatcher(),
                                      instance_.saved().allocate(acc, 1, batch.num_tokens()));
     if (number < 0) return 0;
-    std::transform(counts_.begin(), counts_.end(), stats_.demand.begin(), counts_.begin(),
-                   std::plus<>());
+    tokens_ += batch.num_real_tokens();
+    const auto add = [](auto counts, const std::vector<std::int64_t>& values) {
+      for (const std::int64_t value : values) *counts++ += value;
+    };
+    add(counts_.begin(), stats_.demand);
+    add(counts_.begin() + std::ssize(stats_.demand), stats_.routed);
     return stats_.token_loss_sum;
   }
 
@@ -109,7 +115,8 @@ class DomainEvaluator {
   MicroBatchSchedule schedule_;
   std::int64_t targets_ = 0;
   std::int64_t bytes_ = 0;
-  std::vector<std::int64_t> counts_;  ///< [L * E]
+  std::int64_t tokens_ = 0;
+  std::vector<std::int64_t> counts_;  ///< [L * E], then [L]
 };
 
 }  // namespace

@@ -39,6 +39,9 @@ std::string to_json_line(const StepMetrics& m) {
                       {"entropy", number(layer.entropy)},
                       {"max_mean_load", number(layer.max_mean_load)}});
     if (layer.predictor_loss != 0) layers.back()["predictor_loss"] = number(layer.predictor_loss);
+    if (layer.stream_gate == 0) continue;
+    layers.back()["stream_share"] = number(layer.stream_share);
+    layers.back()["stream_gate"] = number(layer.stream_gate);
   }
   Json line = {{"step", m.step},
                {"loss", number(m.loss)},
@@ -79,7 +82,9 @@ std::string to_json_line(const EvalMetrics& m, bool routing) {
     domains[domain.domain] = {{"loss", number(domain.loss)},
                               {"ppl", number(domain.ppl)},
                               {"bits_per_byte", number(domain.bits_per_byte)}};
-    if (routing) domains[domain.domain]["tokens_per_expert"] = domain.tokens_per_expert;
+    if (!routing) continue;
+    domains[domain.domain]["tokens_per_expert"] = domain.tokens_per_expert;
+    domains[domain.domain]["stream_share"] = domain.stream_share;
   }
   return Json{{"step", m.step}, {"eval", std::move(domains)}}.dump();
 }

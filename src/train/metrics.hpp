@@ -14,6 +14,8 @@ struct LayerMetrics {
   double entropy = 0;                           ///< mean over tokens of the scores' entropy
   double max_mean_load = 0;                     ///< largest / mean of tokens_per_expert
   double predictor_loss = 0;                    ///< 0 where the layer has no predictor
+  double stream_gate = 0;   ///< mean gate value of a decision layer; 0 where there is none
+  double stream_share = 1;  ///< share of the tokens that went through the experts
 };
 
 /// What may differ between layouts and machines.
@@ -46,6 +48,7 @@ struct DomainEval {
   std::int64_t tokens = 0, bytes = 0;
   /// One entry a layer, [E] tokens before drops; empty for a dense layer.
   std::vector<std::vector<std::int64_t>> tokens_per_expert;
+  std::vector<double> stream_share;  ///< [L] share of the tokens that went through the layer's experts
 };
 /// Largest / mean of tokens per expert; 0 where there are none.
 double max_mean_load(std::span<const std::int64_t> tokens_per_expert);
@@ -60,7 +63,7 @@ struct EvalMetrics {
 /// One line of metrics.jsonl, without the line break. Numbers read back to the same bits;
 /// non-finite ones are the strings "nan", "inf", "-inf".
 std::string to_json_line(const StepMetrics& metrics);
-/// `routing`: tokens per expert too.
+/// `routing`: tokens per expert and shares of the streams too.
 std::string to_json_line(const EvalMetrics& metrics, bool routing = false);
 
 struct KeptMetrics {

@@ -43,6 +43,11 @@ void RoutingTrace::add(std::int64_t layer, const MicroBatch& batch, const Routin
   write("scores", routing.s);
   write("topk_idx", routing.topk_idx);
   write("topk_weight", routing.weight);
+  if (batch.token_idx.data != nullptr) {
+    file_.write<std::int32_t>(group + "token_idx", {batch.token_idx.cols},
+                              batch.token_idx.as<std::int32_t>());
+    write("stream_gate", routing.stream_gate);
+  }
   std::vector<std::uint8_t> kept;
   for (const std::int32_t expert : routing.expert_of_slot.span<std::int32_t>()) {
     kept.push_back(expert >= 0 ? 1 : 0);

@@ -41,17 +41,18 @@ Trainer::Trainer(ModelInstance& instance, const TrainerOptions& options)
   for (std::size_t r = 0; r < ranks; ++r) {
     gather_offsets_.push_back(static_cast<std::int64_t>(r) * part);
   }
-  counts_.resize(dropped_begin() + static_cast<std::size_t>(options.model.num_layers) + 2 * ranks +
-                 1);
+  counts_.resize(dropped_begin() + 2 * static_cast<std::size_t>(options.model.num_layers) +
+                 2 * ranks + 1);
 }
 
-/// Where the dropped assignments stand in counts_: behind demand and score counts.
+/// Where the dropped assignments stand in counts_: behind demand and score counts. Tokens routed
+/// and rows received come next.
 std::size_t Trainer::dropped_begin() const {
   return stats_.demand.size() + stats_.score_counts.size();
 }
 
-/// Token loss, then aux, z, entropy and the predictor's loss of every layer.
-std::int64_t Trainer::record_size() const { return 1 + 4 * options_.model.num_layers; }
+/// Token loss, then aux, z, entropy, the predictor's loss and the stream's gate of every layer.
+std::int64_t Trainer::record_size() const { return 1 + 5 * options_.model.num_layers; }
 
 void Trainer::set_heartbeat(Heartbeat heartbeat) {
   heartbeat_ = std::move(heartbeat);
@@ -104,8 +105,8 @@ void Trainer::run_round(const BatchSampler& sampler, std::int64_t round) {
   double* record = scalars_.data() + (rank * schedule_.rounds() + round) * record_size();
   const auto layers = static_cast<std::size_t>(options_.model.num_layers);
   *record++ = number >= 0 ? stats_.token_loss_sum : 0;
-  for (const auto* values :
-       {&stats_.aux_loss, &stats_.z_loss, &stats_.entropy_sum, &stats_.predictor_loss}) {
+  for (const auto* values : {&stats_.aux_loss, &stats_.z_loss, &stats_.entropy_sum,
+                             &stats_.predictor_loss, &stats_.stream_gate}) {
     for (std::size_t l = 0; l < layers; ++l) *record++ = number >= 0 ? (*values)[l] : 0;
   }
   if (number >= 0) {
@@ -115,8 +116,9 @@ void Trainer::run_round(const BatchSampler& sampler, std::int64_t round) {
     add(0, stats_.demand);
     add(stats_.demand.size(), stats_.score_counts);
     add(dropped_begin(), stats_.dropped);
+    add(dropped_begin() + layers, stats_.routed);
   }
-  counts_[dropped_begin() + layers + static_cast<std::size_t>(rank)] +=
+  counts_[dropped_begin() + 2 * layers + static_cast<std::size_t>(rank)] +=
       std::accumulate(stats_.recv_rows.begin(), stats_.recv_rows.end(), std::int64_t{0});
 }
 
@@ -139,11 +141,11 @@ void Trainer::gather_scalars() {
       metrics_.z_loss += record[1 + layers + l];
       metrics_.layers[l].entropy += record[1 + 2 * layers + l];
       metrics_.layers[l].predictor_loss += record[1 + 3 * layers + l];
+      metrics_.layers[l].stream_gate += record[1 + 4 * layers + l];
     }
   }
   metrics_.ce = token_loss / static_cast<double>(metrics_.tokens);
   metrics_.loss = metrics_.ce + metrics_.aux_loss + metrics_.z_loss;
-  for (LayerMetrics& layer : metrics_.layers) layer.entropy /= static_cast<double>(metrics_.tokens);
 }
 
 void Trainer::reduce_counts(std::int64_t sent_before, double comm_before) {
@@ -163,6 +165,9 @@ void Trainer::reduce_counts(std::int64_t sent_before, double comm_before) {
     const auto demand = std::span(counts_).subspan(l * experts, experts);
     layer.tokens_per_expert.assign(demand.begin(), demand.end());
     layer.dropped = counts_[dropped_begin() + l];
+    const std::int64_t routed = counts_[dropped_begin() + metrics_.layers.size() + l];
+    layer.entropy /= static_cast<double>(std::max<std::int64_t>(1, routed));
+    layer.stream_share = static_cast<double>(routed) / static_cast<double>(metrics_.tokens);
     layer.max_mean_load = max_mean_load(demand);
   }
   const auto rows = std::span(counts_).last(2 * ranks + 1).first(ranks);
@@ -223,7 +228,8 @@ void Trainer::start_metrics() {
   layers.resize(static_cast<std::size_t>(options_.model.num_layers));
   for (LayerMetrics& layer : layers) {
     layer.dropped = 0;
-    layer.entropy = layer.max_mean_load = layer.predictor_loss = 0;
+    layer.entropy = layer.max_mean_load = layer.predictor_loss = layer.stream_gate = 0;
+    layer.stream_share = 1;
     layer.tokens_per_expert.clear();
   }
   metrics_ = StepMetrics{.step = counters_[kStepsDone] + 1,

@@ -137,14 +137,14 @@ TEST(SelectByExperts, TakesNumbersBeforeWhatIsNone) {
 
 // ---- causal ----------------------------------------------------------------------------------
 
-TEST(SelectPositive, ListsPositiveLogitsAscending) {
+TEST(SelectAbove, ListsPositiveLogitsAscending) {
   for (const std::int64_t tokens : kTokens) {
     for (const std::int64_t experts : kExperts) {
       Matrix<float> p = as<float>(normals(tokens, experts, 9), 2);
       for (std::int64_t t = 0; t < tokens; t += 3) p.at(t, 0) = t % 2 == 0 ? 0.0F : -0.0F;
       const auto run = [&](Stream& stream) {
         Ints topk_idx(tokens, experts, 1);
-        select_positive(stream, {.topk_idx = topk_idx, .p = p});
+        select_above(stream, {.topk_idx = topk_idx, .p = p});
         return topk_idx;
       };
       Stream one(1);

@@ -37,8 +37,10 @@ class GradientCheck {
     instance_.params().zero_sums(stream_);
     for (std::int64_t n = 0; n < instance_.options().num_micro_batches; ++n) {
       const MicroBatch batch = synthetic_batch(buffers_, instance_.options(), n);
-      const RoutingObserver observer = [&](std::int64_t layer, const MicroBatch&,
-                                           const Routing& routing) { freeze(layer, n, routing); };
+      const RoutingObserver observer = [&](std::int64_t layer, const MicroBatch& seen,
+                                           const Routing& routing) {
+        freeze(layer, n, seen, routing);
+      };
       PassContext ctx = instance_.pass(batch, stats_);
       ctx.observer = &observer;
       instance_.transformer().train(ctx, instance_.params(), instance_.dispatcher(), workspace_,
@@ -93,10 +95,23 @@ class GradientCheck {
     }
   }
 
-  void freeze(std::int64_t layer, std::int64_t micro_batch, const Routing& routing) {
+  void freeze(std::int64_t layer, std::int64_t micro_batch, const MicroBatch& seen,
+              const Routing& routing) {
     std::vector<std::int32_t> now;
+    if (seen.token_idx.data != nullptr) {
+      const auto* tokens = seen.token_idx.as<std::int32_t>();
+      now.assign(tokens, tokens + seen.token_idx.size());
+    }
     for (const TensorView& part : {routing.topk_idx, routing.expert_of_slot}) {
       now.insert(now.end(), part.as<std::int32_t>(), part.as<std::int32_t>() + part.size());
+    }
+    // The load loss takes the first expert that was not chosen as a threshold.
+    const std::int64_t topk = instance_.options().model.topk;
+    for (std::int64_t t = 0; t < routing.dload.size() * routing.z.rows; ++t) {
+      const double* z = routing.z.row<double>(t / routing.dload.size());
+      const auto e = t % routing.dload.size();
+      const auto larger = std::count_if(z, z + routing.z.cols, [&](double v) { return v > z[e]; });
+      if (larger == topk) now.push_back(static_cast<std::int32_t>(e));
     }
     auto [kept, first] = routing_.try_emplace({layer, micro_batch}, now);
     if (!first && kept->second != now) moved_ = true;
@@ -143,10 +158,10 @@ class GradientCheck {
     EXPECT_GT(largest, 0) << row.name << " has no gradient at all";
   }
 
-  // Error of the formula: h^4 |f^(5)| / 30 + 1.5 eps |f| / h. With |f| ~ 3 and h = 2e-4 the second
-  // part is 5e-12 for an exactly rounded loss; the loss is a sum of some thousand rounded terms,
-  // and retries divide h by up to 64, so three decades are left.
-  static constexpr double kStep = 2e-4;
+  // Error of the formula: h^4 |f^(5)| / 30 + 1.5 eps |f| / h. With |f| ~ 3 and h = 5e-5 the second
+  // part is 2e-11 for an exactly rounded loss; the loss is a sum of some thousand rounded terms,
+  // and retries divide h by up to 64, so two decades are left.
+  static constexpr double kStep = 5e-5;
   static constexpr double kTolerance = 5e-9;
 
   std::unique_ptr<Communicator> world_;

@@ -30,6 +30,11 @@ inline void use_select(const SelectRow& select, ModelConfig& model, RoutingConfi
   }
 }
 
+inline void use_stream(const StreamRow& row, RoutingConfig& routing) {
+  routing.stream = row.name;
+  if (row.predicts) routing.allow_future_leak = true;
+}
+
 /// Turns one balance row on; a row that is not known here fails the tests that iterate them.
 inline void activate(const BalanceRow& row, RoutingConfig& r) {
   r.aux_loss = 0;
@@ -114,6 +119,31 @@ inline std::vector<RoutingCase> routing_cases() {
     const BalanceRow* row = &balance;
     add("balance_" + std::string(balance.name),
         [=](ModelConfig&, RoutingConfig& r) { activate(*row, r); });
+  }
+  for (const StreamRow& stream : stream_table()) {
+    if (!stream.decides) continue;
+    const StreamRow* row = &stream;
+    const std::string name = "stream_" + std::string(stream.name);
+    add(name, [=](ModelConfig&, RoutingConfig& r) {
+      use_stream(*row, r);
+      r.stream_target_loss = 0.5;
+      r.stream_target_share = 0.4;
+    });
+    // Every selection as its second level, with what balances it.
+    for (const SelectRow& select : select_table()) {
+      const SelectRow* second = &select;
+      add(name + "_" + std::string(select.name), [=](ModelConfig& m, RoutingConfig& r) {
+        use_select(*second, m, r);
+        use_stream(*row, r);
+        if (second->takes_capacity) r.capacity_factor = 0.75;
+        if (second->steered) {
+          r.noise = 1;
+          r.aux_loss_sequence = r.importance_loss = r.load_loss = 0.1;
+        }
+        m.num_shared_experts = 1;
+        m.shared_expert_gate = true;
+      });
+    }
   }
   add("everything", [](ModelConfig&, RoutingConfig& r) {
     for (const BalanceRow& row : balance_table()) activate(row, r);

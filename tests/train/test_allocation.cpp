@@ -10,6 +10,7 @@
 #include <atomic>
 #include <cerrno>
 
+#include "tests/support/routing_cases.hpp"
 #include "tests/support/training_fixture.hpp"
 
 // glibc's own entry points, so that counting does not recurse.
@@ -87,15 +88,9 @@ extern "C" dnnl_status_t dnnl_primitive_execute(const_dnnl_primitive_t primitive
 namespace arcus::testing {
 namespace {
 
-void count_in_steps(const char* dtype, double capacity_factor, int threads) {
-  const TemporaryFolder folder("arcus_allocation");
-  const TokenDataset dataset = small_dataset(folder.path());
-  TrainerOptions options = small_training();
-  options.train.dtype = dtype;
-  options.routing.capacity_factor = capacity_factor;
-  options.model.num_shared_experts = 1;
+void count_in_steps(const TokenDataset& dataset, const TrainerOptions& options) {
   auto self = make_self_communicator();
-  TrainingRun run(*self, 1, options, dataset, threads);
+  TrainingRun run(*self, 1, options, dataset);
   run.trainer().set_observer({});
   run.trainer().initialize();
   run.instance().build_primitives();
@@ -117,17 +112,37 @@ TEST(Allocation, TheCounterCounts) {
   EXPECT_GE(elsewhere.allocations.load(), 1);
 }
 
+void expect_nothing_allocated(const std::string& what) {
+  EXPECT_EQ(elsewhere.allocations.load(), 0)
+      << what << ": " << elsewhere.bytes << " bytes, largest " << elsewhere.largest;
+  EXPECT_GT(executions.load(), 0);
+  EXPECT_LE(in_execute.largest.load(), 128);
+  EXPECT_LE(in_execute.allocations.load(), 8 * executions.load());
+}
+
 TEST(Allocation, AWarmStepAllocatesNothing) {
+  const TemporaryFolder folder("arcus_allocation");
+  const TokenDataset dataset = small_dataset(folder.path());
   for (const char* dtype : compute_dtypes()) {
     for (const double capacity_factor : {0.0, 1.0}) {
-      count_in_steps(dtype, capacity_factor, 1);
-      EXPECT_EQ(elsewhere.allocations.load(), 0)
-          << dtype << ", capacity_factor " << capacity_factor << ": " << elsewhere.bytes
-          << " bytes, largest " << elsewhere.largest;
-      EXPECT_GT(executions.load(), 0);
-      EXPECT_LE(in_execute.largest.load(), 128);
-      EXPECT_LE(in_execute.allocations.load(), 8 * executions.load());
+      TrainerOptions options = small_training();
+      options.train.dtype = dtype;
+      options.routing.capacity_factor = capacity_factor;
+      options.model.num_shared_experts = 1;
+      count_in_steps(dataset, options);
+      expect_nothing_allocated(fmt::format("{}, capacity_factor {}", dtype, capacity_factor));
     }
+  }
+}
+
+TEST(Allocation, NorWithAnyRouting) {
+  const TemporaryFolder folder("arcus_allocation");
+  const TokenDataset dataset = small_dataset(folder.path());
+  for (const RoutingCase& routing : routing_cases()) {
+    TrainerOptions options = small_training();
+    routing.apply(options.model, options.routing);
+    count_in_steps(dataset, options);
+    expect_nothing_allocated(routing.name);
   }
 }
 

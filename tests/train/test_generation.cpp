@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "src/train/generation.hpp"
+#include "tests/support/routing_cases.hpp"
 #include "tests/support/training_fixture.hpp"
 
 namespace arcus::testing {
@@ -88,10 +89,16 @@ TEST(Generation, GreedyTextIsWhatAFullForwardPassFindsMostLikely) {
   }
 }
 
-TEST(Generation, KvCacheAgreesWithAFullForwardPass) {
+/// Routings whose evaluation asks a predictor or decides who goes through the experts.
+class Decoding : public ::testing::TestWithParam<RoutingCase> {};
+INSTANTIATE_TEST_SUITE_P(Routings, Decoding, ::testing::ValuesIn(routing_cases()),
+                         [](const auto& param) { return param.param.name; });
+
+TEST_P(Decoding, KvCacheAgreesWithAFullForwardPass) {
   auto self = make_self_communicator();
   Stream stream(1);
-  const InstanceOptions decoding = decoding_options(1);
+  InstanceOptions decoding = decoding_options(1);
+  GetParam().apply(decoding.model, decoding.routing);
   ModelInstance decoder(make_process_groups(*self, 1), stream, decoding);
   decoder.initialize_parameters();
   InstanceOptions full = decoding;
@@ -130,7 +137,8 @@ TEST(Generation, KvCacheAgreesWithAFullForwardPass) {
                      .scratch = decoder.scratch(),
                      .batch = token,
                      .stats = decode_stats,
-                     .training = false};
+                     .training = false,
+                     .balance = &decoder.balance()};
     decoder.transformer().decode(step, decoder.params(), decoder.dispatcher(), caches,
                                  {logits.data(), DType::f32, 1, 256});
     double sum = 0;

@@ -4,31 +4,46 @@
 #include <gtest/gtest.h>
 
 #include "tests/support/mpi_test.hpp"
+#include "tests/support/routing_cases.hpp"
 #include "tests/support/training_fixture.hpp"
 
 namespace arcus::testing {
 namespace {
 
-constexpr std::int64_t kSteps = 20;
-
-class LayoutMpi : public ::testing::TestWithParam<double> {};
-
-TEST_P(LayoutMpi, SameBitsAsOneRank) {
+/// A run on one rank, beside runs of all processes at every EP size.
+void expect_bits_of_one_rank(const TrainerOptions& options, std::int64_t steps) {
   const auto communicator = test_session().world();
   Communicator& world = *communicator;
   const TemporaryFolder folder("arcus_layout_mpi");
   const TokenDataset dataset = small_dataset(folder.path());
-  TrainerOptions options = small_training();
-  options.routing.capacity_factor = GetParam();
   auto self = make_self_communicator();
-  const auto reference = trace_of_run(*self, 1, options, dataset, kSteps);
+  const auto reference = trace_of_run(*self, 1, options, dataset, steps);
   for (int ep = 1; ep <= world.size(); ++ep) {
     if (world.size() % ep != 0) continue;
-    EXPECT_EQ(trace_of_run(world, ep, options, dataset, kSteps), reference)
+    EXPECT_EQ(trace_of_run(world, ep, options, dataset, steps), reference)
         << world.size() << " processes, EP " << ep;
   }
 }
 
+class LayoutMpi : public ::testing::TestWithParam<double> {};
+
+TEST_P(LayoutMpi, SameBitsAsOneRank) {
+  TrainerOptions options = small_training();
+  options.routing.capacity_factor = GetParam();
+  expect_bits_of_one_rank(options, 20);
+}
+
+/// Every row of the routing tables.
+class RoutingLayoutMpi : public ::testing::TestWithParam<RoutingCase> {};
+
+TEST_P(RoutingLayoutMpi, SameBitsAsOneRank) {
+  TrainerOptions options = small_training();
+  GetParam().apply(options.model, options.routing);
+  expect_bits_of_one_rank(options, 2);
+}
+
+INSTANTIATE_TEST_SUITE_P(Tables, RoutingLayoutMpi, ::testing::ValuesIn(routing_cases()),
+                         [](const auto& param) { return param.param.name; });
 INSTANTIATE_TEST_SUITE_P(CapacityFactors, LayoutMpi, ::testing::Values(0.0, 1.0));
 
 }  // namespace

@@ -49,4 +49,31 @@ void predictor_loss(Stream&, const PredictorLoss& args) {
   });
 }
 
+void column_mean(Stream&, const ColumnMean& args) {
+  dispatch_accumulate(args.x.dtype, [&]<class A>() {
+    double sum = 0;
+    for (std::int64_t t = 0; t < args.x.rows; ++t) sum += static_cast<double>(args.x.row<A>(t)[0]);
+    *args.mean = args.x.rows > 0 ? sum / static_cast<double>(args.x.rows) : 0;
+  });
+}
+
+void decision_backward(Stream&, const DecisionBackward& args) {
+  ARCUS_CHECK(args.dd_chosen.rows == args.index.size(), "gradients of {} tokens, {} chosen",
+              args.dd_chosen.rows, args.index.size());
+  const std::int64_t tokens = args.g.rows;
+  dispatch_accumulate(args.g.dtype, [&]<class A>() {
+    const auto* index = args.index.as<std::int32_t>();
+    const A each = tokens > 0 ? static_cast<A>(args.dmean / static_cast<double>(tokens)) : A(0);
+    std::int64_t next = 0;
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      const A g = args.g.row<A>(t)[0];
+      A value = each * g * (1 - g);
+      if (next < args.index.size() && index[next] == t) {
+        value += args.dd_chosen.row<A>(next++)[0];
+      }
+      args.dd.row<A>(t)[0] = value;
+    }
+  });
+}
+
 }  // namespace arcus::cpu
