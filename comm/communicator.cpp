@@ -4,6 +4,7 @@
 #include <array>
 #include <numeric>
 
+#include "kernels/profile.hpp"
 #include "src/base/hash.hpp"
 
 namespace arcus {
@@ -269,7 +270,8 @@ void Communicator::compare_counts(const AllToAllV& args) {
   }
 }
 
-Event Communicator::all_to_all_v(Stream& /*stream*/, const AllToAllV& args) {
+Event Communicator::all_to_all_v(Stream& stream, const AllToAllV& args) {
+  const Span span(stream, "all_to_all_v");
   enter({CallKind::all_to_all_v, args.scalar_bytes, args.row_bytes},
         [&] { check_exchange(rank_, size_, args); });
   compare_counts(args);
@@ -279,7 +281,8 @@ Event Communicator::all_to_all_v(Stream& /*stream*/, const AllToAllV& args) {
   return do_all_to_all_v(args);
 }
 
-Event Communicator::all_reduce(Stream& /*stream*/, const AllReduce& args) {
+Event Communicator::all_reduce(Stream& stream, const AllReduce& args) {
+  const Span span(stream, "all_reduce");
   enter({CallKind::all_reduce, static_cast<std::int64_t>(args.buffer.dtype), args.buffer.size(),
          static_cast<std::int64_t>(args.op)},
         [&] {
@@ -290,7 +293,8 @@ Event Communicator::all_reduce(Stream& /*stream*/, const AllReduce& args) {
   return timed([&] { return do_all_reduce(args); });
 }
 
-Event Communicator::all_gather_v(Stream& /*stream*/, const AllGatherV& args) {
+Event Communicator::all_gather_v(Stream& stream, const AllGatherV& args) {
+  const Span span(stream, "all_gather_v");
   enter(
       {CallKind::all_gather_v, static_cast<std::int64_t>(args.buffer.dtype), args.buffer.size(), 0,
        hash_counts(args.counts, args.offsets)},
@@ -300,7 +304,8 @@ Event Communicator::all_gather_v(Stream& /*stream*/, const AllGatherV& args) {
   return timed([&] { return do_all_gather_v(args); });
 }
 
-Event Communicator::reduce_scatter_v(Stream& /*stream*/, const ReduceScatterV& args) {
+Event Communicator::reduce_scatter_v(Stream& stream, const ReduceScatterV& args) {
+  const Span span(stream, "reduce_scatter_v");
   enter({CallKind::reduce_scatter_v, static_cast<std::int64_t>(args.buffer.dtype),
          args.buffer.size(), 0, hash_counts(args.counts, args.offsets)},
         [&] {
@@ -313,7 +318,8 @@ Event Communicator::reduce_scatter_v(Stream& /*stream*/, const ReduceScatterV& a
   return timed([&] { return do_reduce_scatter_v(args); });
 }
 
-Event Communicator::broadcast(Stream& /*stream*/, const Broadcast& args) {
+Event Communicator::broadcast(Stream& stream, const Broadcast& args) {
+  const Span span(stream, "broadcast");
   enter({CallKind::broadcast, static_cast<std::int64_t>(args.buffer.dtype), args.buffer.size(),
          args.root},
         [&] {
@@ -325,7 +331,12 @@ Event Communicator::broadcast(Stream& /*stream*/, const Broadcast& args) {
   return timed([&] { return do_broadcast(args); });
 }
 
-void Communicator::barrier(Stream& /*stream*/) {
+void Communicator::meet(Stream& stream) {
+  if (stream.profile() != nullptr && stream.profile()->separates_waits()) barrier(stream);
+}
+
+void Communicator::barrier(Stream& stream) {
+  const Span span(stream, "barrier");
   enter({CallKind::barrier}, [] {});
   do_barrier();
 }

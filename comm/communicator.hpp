@@ -87,6 +87,8 @@ class Communicator {
   Event reduce_scatter_v(Stream& stream, const ReduceScatterV& args);
   Event broadcast(Stream& stream, const Broadcast& args);
   void barrier(Stream& stream);
+  /// A barrier where the stream is measured with waits apart (Profile); else nothing.
+  void meet(Stream& stream);
   /// Ranks with the same colour form a communicator, ordered by (key, rank).
   std::unique_ptr<Communicator> split(int color, int key);
   /// Memory for rows that will be exchanged; may be shared or registered with the transport.

@@ -25,7 +25,7 @@ struct DispatchPlan {
   std::int64_t slots_per_token = 0;     ///< K
   std::int64_t micro_batch = -1;        ///< global number of this rank's micro-batch; -1 = idle
   std::span<std::int32_t> row_of_slot;  ///< [T, K]: row in send order, or -1 where dropped
-  std::span<std::int32_t> slot_of_row;  ///< [num_send_rows]: t * K + k, its inverse
+  std::span<std::int32_t> slot_of_row;  ///< [num_send_rows]: t * K + k, its inverse; -1 = spare
   std::span<std::int64_t> send_counts, send_offsets;  ///< [P], [P] rows
   std::span<std::int64_t> recv_counts, recv_offsets;
   std::span<Segment> segments;  ///< those with rows > 0

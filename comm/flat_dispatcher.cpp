@@ -14,8 +14,12 @@ std::int64_t row_bytes_of(const DispatcherOptions& options) {
 std::int64_t scalar_bytes_of(const DispatcherOptions& options) {
   return static_cast<std::int64_t>(size_of(accumulate_dtype(options.dtype)));
 }
-std::int64_t slots_of(const DispatcherOptions& options) {
-  return options.max_tokens * options.slots_per_token;
+/// Bytes of the rows, and of the scalars, that one round sends at most.
+std::int64_t row_buffer_bytes(const DispatcherOptions& options) {
+  return max_send_rows(options) * row_bytes_of(options);
+}
+std::int64_t scalar_buffer_bytes(const DispatcherOptions& options) {
+  return max_send_rows(options) * scalar_bytes_of(options);
 }
 
 class FlatDispatcher final : public TokenDispatcher {
@@ -24,17 +28,17 @@ class FlatDispatcher final : public TokenDispatcher {
       : TokenDispatcher(ep, options),
         row_bytes_(row_bytes_of(options)),
         scalar_bytes_(scalar_bytes_of(options)),
-        send_(ep.allocate_rows("dispatch", slots_of(options) * row_bytes_)),
-        slots_(ep.allocate_rows("combine", slots_of(options) * row_bytes_)),
-        scalars_("scalars", 3 * (slots_of(options) * scalar_bytes_ + 128)),
-        send_rows_(static_cast<char*>(send_.allocate_bytes(slots_of(options) * row_bytes_))),
-        slot_rows_(static_cast<char*>(slots_.allocate_bytes(slots_of(options) * row_bytes_))),
-        row_pointers_(static_cast<std::size_t>(slots_of(options))),
+        send_(ep.allocate_rows("dispatch", row_buffer_bytes(options))),
+        slots_(ep.allocate_rows("combine", row_buffer_bytes(options))),
+        scalars_("scalars", 3 * (scalar_buffer_bytes(options) + 128)),
+        send_rows_(static_cast<char*>(send_.allocate_bytes(row_buffer_bytes(options)))),
+        slot_rows_(static_cast<char*>(slots_.allocate_bytes(row_buffer_bytes(options)))),
+        row_pointers_(static_cast<std::size_t>(options.max_tokens * options.slots_per_token)),
         send_counts_(static_cast<std::size_t>(ep.size())),
         recv_counts_(send_counts_.size()),
         combined_(*this) {
     for (char** part : {&send_scalars_, &recv_scalars_, &slot_scalars_}) {
-      *part = static_cast<char*>(scalars_.allocate_bytes(slots_of(options) * scalar_bytes_));
+      *part = static_cast<char*>(scalars_.allocate_bytes(scalar_buffer_bytes(options)));
     }
   }
 
@@ -42,6 +46,7 @@ class FlatDispatcher final : public TokenDispatcher {
 
   Event dispatch(Stream& stream, const DispatchPlan& plan, ConstTensorView tokens,
                  ConstTensorView slot_scalars, TensorView rows, TensorView row_scalars) override {
+    const Span span(stream, "dispatch");
     const bool scalars = slot_scalars.data != nullptr || row_scalars.data != nullptr;
     check_rows("tokens", tokens, plan.num_tokens);
     check_rows("rows", rows, plan.num_recv_rows);
@@ -64,6 +69,8 @@ class FlatDispatcher final : public TokenDispatcher {
 
   Event combine(Stream& stream, const DispatchPlan& plan, ConstTensorView rows,
                 ConstTensorView row_scalars, SlotRows& slot_rows) override {
+    const Span span(stream, "combine");
+    comm().meet(stream);
     const bool scalars = row_scalars.data != nullptr;
     check_rows("rows", rows, plan.num_recv_rows);
     ARCUS_CHECK(rows.contiguous(), "combine: rows have a stride of {}", rows.stride);
@@ -220,8 +227,8 @@ class FlatDispatcher final : public TokenDispatcher {
 }  // namespace
 
 std::int64_t flat_dispatcher_bytes(const DispatcherOptions& options) {
-  return slots_of(options) * (2 * row_bytes_of(options) + 3 * scalar_bytes_of(options) +
-                              static_cast<std::int64_t>(sizeof(void*)));
+  return 2 * row_buffer_bytes(options) + 3 * scalar_buffer_bytes(options) +
+         options.max_tokens * options.slots_per_token * static_cast<std::int64_t>(sizeof(void*));
 }
 
 std::unique_ptr<TokenDispatcher> make_flat_dispatcher(Communicator& ep,

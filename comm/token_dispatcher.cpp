@@ -5,6 +5,7 @@
 #include <limits>
 #include <vector>
 
+#include "kernels/profile.hpp"
 #include "src/base/hash.hpp"
 
 namespace arcus {
@@ -19,12 +20,13 @@ std::int64_t most_rows_per_segment(const DispatcherOptions& options) {
 }
 
 std::int64_t hash_of(const DispatcherOptions& o) {
-  const std::array<std::int64_t, 6> values = {o.num_experts,
+  const std::array<std::int64_t, 7> values = {o.num_experts,
                                               o.max_tokens,
                                               o.slots_per_token,
                                               o.hidden_size,
                                               static_cast<std::int64_t>(o.dtype),
-                                              o.capacity};
+                                              o.capacity,
+                                              o.padded_capacity};
   return static_cast<std::int64_t>(hash_bytes(values.data(), sizeof(values)));
 }
 
@@ -40,12 +42,17 @@ std::int64_t exclusive_prefix_sum(std::span<const std::int64_t> counts,
 
 }  // namespace
 
+std::int64_t max_send_rows(const DispatcherOptions& options) {
+  return std::max(options.max_tokens * options.slots_per_token,
+                  options.num_experts * options.padded_capacity);
+}
+
 std::int64_t max_recv_rows(const DispatcherOptions& options, int rank, int num_ranks) {
   const ExpertPartition experts(options.num_experts, num_ranks);
   const std::int64_t per_source =
       std::min(options.max_tokens * std::min(options.slots_per_token, experts.count(rank)),
                experts.count(rank) * most_rows_per_segment(options));
-  return per_source * num_ranks;
+  return std::max(per_source, experts.count(rank) * options.padded_capacity) * num_ranks;
 }
 
 std::int64_t max_padded_rows(const DispatcherOptions& options, int rank, int num_ranks) {
@@ -91,15 +98,16 @@ struct TokenDispatcher::Counting {
 TokenDispatcher::TokenDispatcher(Communicator& comm, const DispatcherOptions& options)
     : comm_(&comm), options_(options), experts_(options.num_experts, comm.size()) {
   ARCUS_CHECK(options.max_tokens > 0 && options.slots_per_token > 0 && options.hidden_size > 0 &&
-                  options.capacity >= 0,
-              "dispatcher for {} tokens x {} slots of {} elements, capacity {}", options.max_tokens,
-              options.slots_per_token, options.hidden_size, options.capacity);
-  ARCUS_REQUIRE(
-      options.max_tokens * options.slots_per_token <= std::numeric_limits<std::int32_t>::max(),
-      ExitCode::usage,
-      "a micro-batch of {} tokens with {} slots each has more than 2^31 rows; lower "
-      "train.micro_batch_seqs",
-      options.max_tokens, options.slots_per_token);
+                  options.capacity >= 0 && options.padded_capacity >= 0 &&
+                  options.padded_capacity <= most_rows_per_segment(options),
+              "dispatcher for {} tokens x {} slots of {} elements, capacity {}, padded to {}",
+              options.max_tokens, options.slots_per_token, options.hidden_size, options.capacity,
+              options.padded_capacity);
+  ARCUS_REQUIRE(arcus::max_send_rows(options) <= std::numeric_limits<std::int32_t>::max(),
+                ExitCode::usage,
+                "a micro-batch of {} tokens has up to {} rows for experts, more than 2^31; lower "
+                "train.micro_batch_seqs",
+                options.max_tokens, arcus::max_send_rows(options));
   counting_ = std::make_unique<Counting>(options_, experts_, comm.rank());
 }
 
@@ -116,7 +124,7 @@ DispatchPlan TokenDispatcher::make_plan_storage(Arena& arena) const {
   const std::int64_t slots = options_.max_tokens * options_.slots_per_token, ranks = comm_->size();
   DispatchPlan plan;
   plan.storage.row_of_slot = arena.allocate_array<std::int32_t>(slots);
-  plan.storage.slot_of_row = arena.allocate_array<std::int32_t>(slots);
+  plan.storage.slot_of_row = arena.allocate_array<std::int32_t>(max_send_rows(options_));
   for (auto* counts :
        {&plan.send_counts, &plan.send_offsets, &plan.recv_counts, &plan.recv_offsets}) {
     *counts = arena.allocate_array<std::int64_t>(ranks);
@@ -129,23 +137,30 @@ DispatchPlan TokenDispatcher::make_plan_storage(Arena& arena) const {
 }
 
 void TokenDispatcher::make_plan(Stream& stream, ConstTensorView expert_of_slot,
-                                std::int64_t micro_batch, PlanTag tag, DispatchPlan& plan) {
+                                std::int64_t micro_batch, PlanTag tag, DispatchPlan& plan,
+                                std::int64_t rows_per_expert) {
   const std::int64_t tokens = expert_of_slot.rows, slots = expert_of_slot.cols;
   ARCUS_CHECK(tokens <= options_.max_tokens && slots <= options_.slots_per_token,
               "expert_of_slot is {} x {}; the dispatcher was made for {} x {}", tokens, slots,
               options_.max_tokens, options_.slots_per_token);
   ARCUS_CHECK(tokens == 0 || micro_batch >= 0, "{} tokens of micro-batch {}", tokens, micro_batch);
+  ARCUS_CHECK(rows_per_expert <= options_.padded_capacity,
+              "{} rows per expert; the dispatcher was made for {}", rows_per_expert,
+              options_.padded_capacity);
+  const Span span(stream, "plan");
   plan.num_tokens = tokens;
   plan.slots_per_token = slots;
   plan.micro_batch = micro_batch;
-  sort_slots(expert_of_slot, plan);
+  sort_slots(expert_of_slot, tokens > 0 ? rows_per_expert : 0, plan);
+  comm_->meet(stream);
   exchange_counts(stream, tag, plan);
   place_segments(plan);
 }
 
 /// Counting sort by expert, stable in (token, choice rank); since experts are numbered along the
 /// ranks this also sorts by owner.
-void TokenDispatcher::sort_slots(ConstTensorView expert_of_slot, DispatchPlan& plan) {
+void TokenDispatcher::sort_slots(ConstTensorView expert_of_slot, std::int64_t rows_per_expert,
+                                 DispatchPlan& plan) {
   auto& next_row = counting_->next_row;
   const std::int64_t tokens = plan.num_tokens, slots = plan.slots_per_token;
   std::fill(next_row.begin(), next_row.end(), 0);
@@ -158,7 +173,12 @@ void TokenDispatcher::sort_slots(ConstTensorView expert_of_slot, DispatchPlan& p
       if (experts[k] >= 0) ++next_row[static_cast<std::size_t>(experts[k]) + 1];
     }
   }
-  for (std::size_t e = 1; e < next_row.size(); ++e) next_row[e] += next_row[e - 1];
+  for (std::size_t e = 1; e < next_row.size(); ++e) {
+    ARCUS_CHECK(rows_per_expert == 0 || next_row[e] <= rows_per_expert,
+                "expert {} is wanted by {} assignments, but has {} rows", e - 1, next_row[e],
+                rows_per_expert);
+    next_row[e] = next_row[e - 1] + (rows_per_expert > 0 ? rows_per_expert : next_row[e]);
+  }
   plan.num_send_rows = next_row.back();
   for (int r = 0; r < comm_->size(); ++r) {
     const auto begin = static_cast<std::size_t>(experts_.begin(r));
@@ -171,6 +191,7 @@ void TokenDispatcher::sort_slots(ConstTensorView expert_of_slot, DispatchPlan& p
   }
   plan.row_of_slot = plan.storage.row_of_slot.first(static_cast<std::size_t>(tokens * slots));
   plan.slot_of_row = plan.storage.slot_of_row.first(static_cast<std::size_t>(plan.num_send_rows));
+  if (rows_per_expert > 0) std::ranges::fill(plan.slot_of_row, -1);
   for (std::int64_t t = 0; t < tokens; ++t) {
     const auto* experts = expert_of_slot.row<std::int32_t>(t);
     for (std::int64_t k = 0; k < slots; ++k) {
@@ -186,6 +207,7 @@ void TokenDispatcher::sort_slots(ConstTensorView expert_of_slot, DispatchPlan& p
 }
 
 void TokenDispatcher::exchange_counts(Stream& stream, PlanTag tag, DispatchPlan& plan) {
+  const Span span(stream, "counts exchange");
   Counting& c = *counting_;
   for (int r = 0; r < comm_->size(); ++r) {
     std::int64_t* message = c.to(r);

@@ -15,6 +15,7 @@ struct DispatcherOptions {
   std::int64_t hidden_size = 0;      ///< H
   DType dtype = DType::f32;          ///< of rows; scalars have accumulate_dtype(dtype)
   std::int64_t capacity = 0;         ///< most rows per (expert, micro-batch); 0 = dropless
+  std::int64_t padded_capacity = 0;  ///< most rows_per_expert of any plan; 0 = none is padded
 };
 
 /// What combine returns to the token's rank: per slot a pointer to its row (null where dropped)
@@ -44,9 +45,11 @@ class TokenDispatcher {
   /// Fills `plan` from expert_of_slot [T, K] i32 (-1 = dropped): counting sort, then the counts
   /// exchange with its cross-check. Collective over the EP group; idle ranks pass T = 0 and
   /// micro_batch -1. Every rank's micro-batch number travels with its counts; no two ranks may have
-  /// the same one.
+  /// the same one. With rows_per_expert > 0 every expert gets exactly that many rows of a
+  /// micro-batch that has tokens: the kept ones, then spare rows that arrive as zeros with scalar 0
+  /// and are not read on the way back.
   void make_plan(Stream& stream, ConstTensorView expert_of_slot, std::int64_t micro_batch,
-                 PlanTag tag, DispatchPlan& plan);
+                 PlanTag tag, DispatchPlan& plan, std::int64_t rows_per_expert = 0);
   /// rows[R, H] = copies of tokens[T, H]; row_scalars[1, R] = copies of slot_scalars[T, K]. Scalars
   /// travel unless both views are null (data == nullptr); all ranks must do alike. The event
   /// completes the receive buffers; inputs and plan must live until then. `rows` is contiguous, and
@@ -71,7 +74,7 @@ class TokenDispatcher {
 
  private:
   struct Counting;
-  void sort_slots(ConstTensorView expert_of_slot, DispatchPlan& plan);
+  void sort_slots(ConstTensorView expert_of_slot, std::int64_t rows_per_expert, DispatchPlan& plan);
   void exchange_counts(Stream& stream, PlanTag tag, DispatchPlan& plan);
   void check_counts(PlanTag tag) const;
   void place_segments(DispatchPlan& plan);
@@ -82,6 +85,8 @@ class TokenDispatcher {
   std::unique_ptr<Counting> counting_;
 };
 
+/// Most rows a rank can send in one round.
+std::int64_t max_send_rows(const DispatcherOptions& options);
 /// Bounds on what `rank` of num_ranks receives in one round, for planning without a communicator.
 std::int64_t max_recv_rows(const DispatcherOptions& options, int rank, int num_ranks);
 std::int64_t max_padded_rows(const DispatcherOptions& options, int rank, int num_ranks);

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "kernels/stream.hpp"
+#include "kernels/profile.hpp"
 #include "src/base/error.hpp"
 
 /// Declares the op `name(Stream&, const Args&)` and its instance on each device. This is the only
@@ -14,12 +14,16 @@
   void name(Stream& stream, const Args& args);                                                  \
   }                                                                                             \
   inline void name(Stream& stream, const Args& args) {                                          \
+    const Span span(stream, #name);                                                             \
     return stream.device() == Device::cpu ? cpu::name(stream, args) : cuda::name(stream, args); \
   }
 #else
-#define ARCUS_DECLARE_OP(name, Args)           \
-  namespace cpu {                              \
-  void name(Stream& stream, const Args& args); \
-  }                                            \
-  inline void name(Stream& stream, const Args& args) { cpu::name(stream, args); }
+#define ARCUS_DECLARE_OP(name, Args)                   \
+  namespace cpu {                                      \
+  void name(Stream& stream, const Args& args);         \
+  }                                                    \
+  inline void name(Stream& stream, const Args& args) { \
+    const Span span(stream, #name);                    \
+    cpu::name(stream, args);                           \
+  }
 #endif

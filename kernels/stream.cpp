@@ -3,6 +3,7 @@
 #include <chrono>
 
 #include "kernels/cpu/context.hpp"
+#include "kernels/profile.hpp"
 #include "src/base/error.hpp"
 
 namespace arcus {
@@ -19,7 +20,13 @@ Stream::Stream(int num_threads) : num_threads_(num_threads) {
 
 Stream::~Stream() = default;
 
+void Stream::set_profile(Profile* profile) {
+  profile_ = profile;
+  cpu_->set_profile(profile);
+}
+
 void Stream::wait(const Event& event) {
+  const Span span(*this, "wait");
   const auto begin = std::chrono::steady_clock::now();
   event.wait();
   waited_seconds_ +=

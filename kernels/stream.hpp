@@ -34,6 +34,7 @@ class Event {
 namespace cpu {
 class Context;
 }
+class Profile;
 
 /// An ordered queue of work on one device. A CPU stream runs each op at once, on `num_threads`
 /// threads; ops are free functions that take `Stream&` first.
@@ -58,11 +59,15 @@ class Stream {
     if (polled_.test()) polled_ = Event();
   }
   cpu::Context& cpu() { return *cpu_; }
+  /// Measures what follows; null ends that. The profile must outlive it.
+  void set_profile(Profile* profile);
+  Profile* profile() const { return profile_; }
 
  private:
   int num_threads_;
   Event polled_;
   double waited_seconds_ = 0;
+  Profile* profile_ = nullptr;
   std::unique_ptr<cpu::Context> cpu_;
 };
 

@@ -15,6 +15,8 @@ namespace arcus {
 struct BenchOptions {
   Config config;
   std::int64_t repeats = 20;
+  bool account = false;  ///< bench step: where the time of a step goes
+  std::string trace;     ///< bench step: file that takes the spans of one step; empty = none
 };
 
 /// Times of several runs of one thing, in milliseconds.

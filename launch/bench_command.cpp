@@ -15,7 +15,7 @@ using Benchmark = ExitCode (*)(Session&, const BenchOptions&);
 struct Arguments {
   std::string config;
   std::vector<std::string> sets;
-  std::int64_t repeats = 20;
+  BenchOptions options;
   Benchmark benchmark = nullptr;
 };
 
@@ -27,7 +27,7 @@ constexpr const char* kFooter =
     "Examples:\n"
     "  arcus bench gemm --set parallel.threads=2 --set train.dtype=bf16\n"
     "  mpirun -np 4 arcus bench dispatch\n"
-    "  mpirun -np 2 arcus bench step --set parallel.threads=1 --repeats 30";
+    "  mpirun -np 2 arcus bench step --set parallel.threads=1 --repeats 30 --account";
 
 /// The defaults of a Config are the bench model; its tokens are bytes.
 LoadedConfig load(const Arguments& arguments) {
@@ -51,12 +51,14 @@ int run_bench(const Arguments& arguments) {
     session.together([&] {
       if (loaded.error) std::rethrow_exception(loaded.error);
     });
-    return arguments.benchmark(session, {loaded.config, arguments.repeats});
+    BenchOptions options = arguments.options;
+    options.config = loaded.config;
+    return arguments.benchmark(session, options);
   });
 }
 
-void add_benchmark(CLI::App& bench, Action& action, const std::shared_ptr<Arguments>& args,
-                   const char* name, const char* description, Benchmark benchmark) {
+CLI::App* add_benchmark(CLI::App& bench, Action& action, const std::shared_ptr<Arguments>& args,
+                        const char* name, const char* description, Benchmark benchmark) {
   CLI::App* command = bench.add_subcommand(name, description);
   command->add_option("--config", args->config, "configuration of another model")
       ->type_name("CONFIG.toml");
@@ -64,7 +66,9 @@ void add_benchmark(CLI::App& bench, Action& action, const std::shared_ptr<Argume
       ->expected(1)
       ->take_all()
       ->type_name("KEY=VALUE");
-  command->add_option("--repeats", args->repeats, "samples of each figure; the median is printed")
+  command
+      ->add_option("--repeats", args->options.repeats,
+                   "samples of each figure; the median is printed")
       ->capture_default_str()
       ->check(whole_number(1, 1 << 20))
       ->type_name("N");
@@ -73,6 +77,7 @@ void add_benchmark(CLI::App& bench, Action& action, const std::shared_ptr<Argume
     args->benchmark = benchmark;
     action = [args] { return run_bench(*args); };
   });
+  return command;
 }
 
 }  // namespace
@@ -86,8 +91,13 @@ void add_bench_command(CLI::App& app, Action& action) {
                 "Experts' matrix products against the machine's own peak", bench_gemm);
   add_benchmark(*bench, action, args, "dispatch",
                 "Dispatch and combine against the MPI library's Alltoallv", bench_dispatch);
-  add_benchmark(*bench, action, args, "step", "Whole training steps against a roofline",
-                bench_step);
+  CLI::App* step = add_benchmark(*bench, action, args, "step",
+                                 "Whole training steps against a roofline", bench_step);
+  step->add_flag("--account", args->options.account,
+                 "where the time of a step goes, per rank and on average");
+  step->add_option("--trace", args->options.trace,
+                   "file for the spans of one step, for Perfetto or chrome://tracing")
+      ->type_name("FILE.json");
 }
 
 }  // namespace arcus

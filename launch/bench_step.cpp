@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels/peak.hpp"
+#include "launch/account.hpp"
 #include "launch/bench.hpp"
 #include "launch/run_setup.hpp"
 #include "launch/threads.hpp"
@@ -82,13 +83,15 @@ double bytes_per_step(ModelInstance& instance, const Trainer& trainer) {
 
 struct StepFigures {
   Samples samples;
-  double flops = 0;  ///< of all ranks, per step
-  double bytes = 0;  ///< of all ranks, per step
+  double profiled_seconds = 0;  ///< of options.repeats steps with a profile
+  double flops = 0;             ///< of all ranks, per step
+  double bytes = 0;             ///< of all ranks, per step
 };
 
 /// Times whole steps of the Trainer that `arcus train` uses.
 StepFigures time_steps(Session& session, Stream& stream, const Config& config,
-                       const TokenDataset& dataset, const BenchOptions& options) {
+                       const TokenDataset& dataset, const BenchOptions& options, Profile* profile,
+                       const std::string& trace) {
   const TrainerOptions trainer_config = trainer_options(config, resolve_model(config, &dataset));
   const int ep_size =
       resolve_ep_size(config.parallel.ep_size, session.comm().size(), config.model.num_experts);
@@ -103,6 +106,26 @@ StepFigures time_steps(Session& session, Stream& stream, const Config& config,
     StepRequests requests;
     trainer.step(sampler, requests);
   });
+  if (profile != nullptr) {
+    stream.set_profile(profile);
+    const auto steps = [&](std::int64_t count, bool with_events) {
+      session.comm().barrier(stream);
+      profile->start(with_events);
+      const auto begin = std::chrono::steady_clock::now();
+      for (std::int64_t i = 0; i < count; ++i) {
+        const Span span(stream, "step");
+        StepRequests requests;
+        trainer.step(sampler, requests);
+      }
+      return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    };
+    if (!trace.empty()) {
+      steps(1, true);
+      write_trace(session, *profile, trace);
+    }
+    figures.profiled_seconds = steps(options.repeats, false);
+    stream.set_profile(nullptr);
+  }
   const double tokens = static_cast<double>(config.train.global_batch_seqs * config.train.seq_len);
   figures.flops = tokens * instance.transformer().training_flops_per_token(config.train.seq_len);
   figures.bytes = sum_over_ranks(session, bytes_per_step(instance, trainer));
@@ -173,13 +196,21 @@ ExitCode bench_step(Session& session, const BenchOptions& options) {
   }
   const Machine before = measure_machine(session, stream, dtype);
   config.run.reproducible = true;
-  const StepFigures exact = time_steps(session, stream, config, dataset, options);
+  Profile profile(stream.num_threads(), true);
+  const bool profiled = options.account || !options.trace.empty();
+  const StepFigures exact = time_steps(session, stream, config, dataset, options,
+                                       profiled ? &profile : nullptr, options.trace);
   config.run.reproducible = false;
-  const StepFigures plain = time_steps(session, stream, config, dataset, options);
+  const StepFigures plain = time_steps(session, stream, config, dataset, options, nullptr, "");
   const Machine after = measure_machine(session, stream, dtype);
   // Clocks wander: the machine is measured on both sides.
   const Machine machine{(before.gflops + after.gflops) / 2, (before.gbytes + after.gbytes) / 2};
   if (session.is_root()) print_table(config, exact, plain, machine);
+  if (options.account) {
+    print_account(session,
+                  account_of(profile, exact.profiled_seconds, options.repeats,
+                             machine.gflops / session.comm().size(), stream.num_threads()));
+  }
   return ExitCode::ok;
 }
 

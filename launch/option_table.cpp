@@ -187,6 +187,8 @@ std::vector<Option> routing_options() {
       option("drop_policy", &C::drop_policy,
              "who stays when too many want an expert: the earlier tokens or the higher scores",
              one_of({"position", "probs"})),
+      option("pad_to_capacity", &C::pad_to_capacity,
+             "in training fill every expert up to its capacity, so that shapes are known ahead"),
       option("renormalize_after_drop", &C::renormalize_after_drop,
              "weights sum to one over the experts that kept the token; needs renormalize"),
       option("aux_loss", &C::aux_loss, "coefficient of the load-balancing loss; 0 = off",

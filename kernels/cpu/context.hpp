@@ -6,6 +6,10 @@
 
 #include "kernels/arena.hpp"
 
+namespace arcus {
+class Profile;
+}
+
 namespace arcus::cpu {
 
 class GemmCache;
@@ -30,6 +34,9 @@ class Context {
   void reserve_scratch(std::int64_t bytes_per_thread);
   std::int64_t scratch_bytes() const { return scratch_bytes_; }
   int num_threads() const { return num_threads_; }
+  /// The stream's profile, or null.
+  void set_profile(Profile* profile) { profile_ = profile; }
+  Profile* profile() const { return profile_; }
 
  private:
   static std::size_t index(int thread) { return static_cast<std::size_t>(thread); }
@@ -37,6 +44,7 @@ class Context {
 
   int num_threads_;
   std::int64_t scratch_bytes_ = 0;
+  Profile* profile_ = nullptr;
   std::vector<std::unique_ptr<Arena>> scratch_;
   std::unique_ptr<Arena> op_scratch_;
   std::unique_ptr<GemmCache> gemm_;

@@ -4,6 +4,7 @@
 #include <array>
 #include <chrono>
 
+#include "kernels/cpu/context.hpp"
 #include "kernels/cpu/gemm_tiles.hpp"
 #include "kernels/cpu/leaf.hpp"
 #include "kernels/cpu/parallel.hpp"
@@ -151,6 +152,8 @@ void run_wgrad_tile(Context& context, int thread, const WgradTile& tile) {
   auto* leaf = reinterpret_cast<float*>(
       operand + round_to_line(bytes_of(tile.compute, wgrad_tile_rows(tile.in) * k)));
   run_gemm(context, thread, key, operand, tile.x, leaf);
+  const ThreadTimer timer(context.profile() == nullptr ? nullptr
+                                                       : &context.profile()->work(thread).sums);
   add_leaf_rows(target, tile.in, leaf, tile.in, tile.tile_rows, tile.in, tile.micro_batch);
 }
 

@@ -12,7 +12,9 @@
 #include <tuple>
 #include <vector>
 
+#include "kernels/cpu/context.hpp"
 #include "kernels/cpu/gemm_f64.hpp"
+#include "kernels/profile.hpp"
 
 namespace arcus::cpu {
 namespace {
@@ -323,6 +325,10 @@ std::int64_t GemmCache::scratch_bytes() const {
 
 void run_gemm(Context& context, int thread, const GemmKey& key, const void* a, const void* b,
               void* c, const void* bias) {
+  if (context.profile() == nullptr) return context.gemm().run(thread, key, a, b, c, bias);
+  Profile::Work& work = context.profile()->work(thread);
+  work.gemm_flops += 2.0 * static_cast<double>(key.m) * static_cast<double>(key.n * key.k);
+  const ThreadTimer timer(&work.gemm);
   context.gemm().run(thread, key, a, b, c, bias);
 }
 
@@ -367,6 +373,10 @@ void run_tile(Context& context, int thread, const GemmKey& key, std::int64_t row
     copy_rows(compact_c, tile.c_row, c, key.ldc * tile.c_size, tile.c_row, rows);
     std::memset(compact_c + rows * tile.c_row, 0,
                 static_cast<std::size_t>((key.m - rows) * tile.c_row));
+  }
+  if (context.profile() != nullptr) {
+    context.profile()->work(thread).padding_flops +=
+        2.0 * static_cast<double>(key.m - rows) * static_cast<double>(key.n * key.k);
   }
   run_gemm(context, thread, tile.key, compact_a, b, compact_c, bias);
   copy_rows(c, key.ldc * tile.c_size, compact_c, tile.c_row, tile.c_row, rows);

@@ -7,9 +7,14 @@
 #include <cstdint>
 #include <exception>
 
-#include "kernels/stream.hpp"
+#include "kernels/profile.hpp"
 
 namespace arcus::cpu {
+
+/// Where the time of `thread`'s tasks is added; null unless the stream is being measured.
+inline double* busy_seconds(Stream& stream, int thread) {
+  return stream.profile() == nullptr ? nullptr : &stream.profile()->work(thread).busy;
+}
 
 /// Calls fn(task, thread) for task = 0..num_tasks-1 on the stream's threads, tasks taken in order
 /// as threads come free. Thread 0 (the caller) polls the stream's pending exchange between tasks.
@@ -19,7 +24,10 @@ void parallel_tasks(Stream& stream, std::int64_t num_tasks, Fn&& fn) {
   if (num_tasks <= 0) return;
   if (stream.num_threads() == 1 || num_tasks == 1) {
     for (std::int64_t task = 0; task < num_tasks; ++task) {
-      fn(task, 0);
+      {
+        const ThreadTimer busy(busy_seconds(stream, 0));
+        fn(task, 0);
+      }
       stream.poll();
     }
     return;
@@ -32,7 +40,10 @@ void parallel_tasks(Stream& stream, std::int64_t num_tasks, Fn&& fn) {
     if (failed.load(std::memory_order_relaxed)) continue;
     try {
       const int thread = omp_get_thread_num();
-      fn(task, thread);
+      {
+        const ThreadTimer busy(busy_seconds(stream, thread));
+        fn(task, thread);
+      }
       if (thread == 0) stream.poll();
     } catch (...) {
       if (!failed.exchange(true)) error = std::current_exception();

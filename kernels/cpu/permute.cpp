@@ -32,9 +32,13 @@ void gather_rows(Stream& stream, const GatherRows& args) {
   parallel_rows(stream, num_rows, std::max<std::int64_t>(1, kTaskBytes / row_bytes),
                 [&](std::int64_t begin, std::int64_t end, int) {
                   for (std::int64_t r = begin; r < end; ++r) {
+                    if (index[r] < 0) {
+                      std::memset(y + r * y_stride, 0, static_cast<std::size_t>(row_bytes));
+                      continue;
+                    }
                     const std::int64_t from = index[r] / args.indices_per_row;
-                    ARCUS_DCHECK(index[r] >= 0 && from < args.x.rows,
-                                 "gather_rows: index {} of {} rows", index[r], args.x.rows);
+                    ARCUS_DCHECK(from < args.x.rows, "gather_rows: index {} of {} rows", index[r],
+                                 args.x.rows);
                     std::memcpy(y + r * y_stride, x + from * x_stride,
                                 static_cast<std::size_t>(row_bytes));
                   }

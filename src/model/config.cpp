@@ -101,6 +101,15 @@ void validate_capacity(const RoutingConfig& r) {
   }
   ARCUS_REQUIRE(r.min_capacity >= 0, ExitCode::usage,
                 "routing.min_capacity is {}; it must not be negative", r.min_capacity);
+  ARCUS_REQUIRE(!r.pad_to_capacity || r.capacity_factor > 0, ExitCode::usage,
+                "routing.pad_to_capacity needs routing.capacity_factor above 0; set it to 1.25");
+  ARCUS_REQUIRE(
+      !r.pad_to_capacity || find_stream(r.stream).passes_all || find_stream(r.stream).predicts,
+      ExitCode::usage,
+      "routing.pad_to_capacity needs a number of tokens that is known in advance, but "
+      "routing.stream \"{}\" lets any number pass by; set stream to \"weighted\", or "
+      "pad_to_capacity to false",
+      r.stream);
   ARCUS_REQUIRE(!r.renormalize_after_drop || r.renormalize, ExitCode::usage,
                 "routing.renormalize_after_drop needs routing.renormalize; set it to true");
 }

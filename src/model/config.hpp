@@ -44,6 +44,7 @@ struct RoutingConfig {
   std::int64_t min_capacity = 0;
   double eval_capacity_factor = 0;       ///< 0 = dropless
   std::string drop_policy = "position";  ///< "position" | "probs"
+  bool pad_to_capacity = false;          ///< in training every expert gets as many rows as it may
   bool renormalize_after_drop = false;
   double aux_loss = 0.01;                 ///< coefficient; 0 = off
   std::string aux_scope = "micro_batch";  ///< of aux_loss: "micro_batch" | "sequence" | "global"

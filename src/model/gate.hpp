@@ -28,6 +28,10 @@ class Gate {
   /// Products for build_primitives.
   std::vector<GemmShape> gemm_shapes(std::int64_t min_tokens, std::int64_t max_tokens,
                                      DType compute, bool training) const;
+  /// Rows that every expert gets of a micro-batch whatever was kept; 0 = those that were kept.
+  std::int64_t rows_per_expert(const PassContext& ctx, const Routing& routing) const {
+    return ctx.training && routing_.pad_to_capacity ? routing.capacity : 0;
+  }
   /// Slots per token.
   std::int64_t num_slots() const { return arcus::num_slots(model_, routing_); }
 

@@ -92,7 +92,8 @@ void MoeLayer::forward(PassContext& ctx, const ParamStore& params, TokenDispatch
   if (!replay) {
     ctx.beat("counts");
     dispatcher.make_plan(ctx.stream, saved.routing.expert_of_slot, ctx.batch.number,
-                         {ctx.step, ctx.layer}, saved.plan);
+                         {ctx.step, ctx.layer}, saved.plan,
+                         gate_.rows_per_expert(ctx, saved.routing));
     ctx.stats.recv_rows[static_cast<std::size_t>(ctx.layer)] = saved.plan.num_recv_rows;
   }
   allocate_rows(ctx.saved, saved.plan.num_recv_rows, saved.plan.num_padded_rows, h.dtype, saved);

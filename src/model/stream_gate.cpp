@@ -44,8 +44,8 @@ void StreamGate::allocate_rest(Arena& arena, std::int64_t num_tokens, DType comp
 void StreamGate::allocate_scratch(Arena& arena, std::int64_t num_tokens, DType compute) const {
   const DType acc = accumulate_dtype(compute);
   const std::int64_t tokens = padded_rows(num_tokens);
-  arena.allocate(acc, tokens, 2 * hidden_size_ + 8);          // dwide, logits and their gradients
-  arena.allocate(compute, tokens, 2 * hidden_size_);          // dout and the experts' gradient
+  arena.allocate(acc, tokens, 2 * hidden_size_ + 8);  // dwide, logits and their gradients
+  arena.allocate(compute, tokens, 2 * hidden_size_);  // dout and the experts' gradient
   arena.allocate_bytes(num_tokens * std::int64_t{sizeof(void*)});
   arena.allocate_bytes(1 << 12);  // rounding of the pieces to the arena's alignment
 }
@@ -82,28 +82,25 @@ void StreamGate::choose(PassContext& ctx, Saved& saved) const {
   if (row_->predicts && ctx.training) {
     const ArenaScope scope(ctx.scratch);
     select_by_experts(
-        ctx.stream,
-        {.topk_idx = chosen,
-         .s = g,
-         .capacity = expert_capacity(routing_.stream_capacity_factor, 0, 1, tokens, 1),
-         .scratch = ctx.scratch.allocate(DType::i64, 1, 2)});
+        ctx.stream, {.topk_idx = chosen,
+                     .s = g,
+                     .capacity = expert_capacity(routing_.stream_capacity_factor, 0, 1, tokens, 1),
+                     .scratch = ctx.scratch.allocate(DType::i64, 1, 2)});
   } else if (row_->predicts) {
     select_above(ctx.stream, {.topk_idx = chosen, .p = saved.predictor.row_range(0, tokens)});
   } else {
-    select_above(ctx.stream,
-                 {.topk_idx = chosen,
-                  .p = g,
-                  .threshold = row_->passes_all ? -1.0 : routing_.stream_theta});
+    select_above(
+        ctx.stream,
+        {.topk_idx = chosen, .p = g, .threshold = row_->passes_all ? -1.0 : routing_.stream_theta});
   }
   std::fill_n(saved.chosen.as<std::int32_t>() + tokens, all - tokens, -1);
   std::int64_t count = 0;
   list_chosen(ctx.stream, {.index = saved.index, .count = &count, .chosen = saved.chosen});
   saved.index = saved.index.col_range(0, count);
   saved.ids = saved.ids.col_range(0, count);
-  gather_rows(ctx.stream,
-              {.y = {saved.ids.data, DType::i32, count, 1},
-               .x = {ctx.batch.ids.data, DType::i32, ctx.batch.ids.size(), 1},
-               .index = saved.index});
+  gather_rows(ctx.stream, {.y = {saved.ids.data, DType::i32, count, 1},
+                           .x = {ctx.batch.ids.data, DType::i32, ctx.batch.ids.size(), 1},
+                           .index = saved.index});
   const auto* index = saved.index.as<std::int32_t>();
   const auto& offsets = ctx.batch.sequence_offsets;
   saved.sequence_offsets = saved.sequence_offsets.first(offsets.size());
@@ -167,10 +164,8 @@ void StreamGate::report(PassContext& ctx, const Saved& saved) const {
 void StreamGate::add_leaves(PassContext& ctx, const ParamStore& params, ConstTensorView dlogits,
                             ParamRef weight, ParamRef bias, const Saved& saved) const {
   if (const GradientSum sum = params.sums(weight); sum.sum != nullptr) {
-    linear_wgrad(ctx.stream, {.dweight = sum,
-                              .dy = dlogits,
-                              .x = saved.wide,
-                              .micro_batch = ctx.batch.number});
+    linear_wgrad(ctx.stream,
+                 {.dweight = sum, .dy = dlogits, .x = saved.wide, .micro_batch = ctx.batch.number});
   }
   if (const GradientSum sum = params.sums(bias); sum.sum != nullptr) {
     bias_grad(ctx.stream, {.dbias = sum, .dy = dlogits, .micro_batch = ctx.batch.number});

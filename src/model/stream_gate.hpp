@@ -19,9 +19,9 @@ class StreamGate {
 
   struct Saved {
     // Kept by recomputation.
-    TensorView chosen;  ///< [T, 1] i32: 0 = stream 2, -1 = stream 1
-    TensorView index;   ///< [1, T'] i32: the tokens of stream 2, ascending
-    TensorView ids;     ///< [1, T'] i32: their token ids
+    TensorView chosen;                         ///< [T, 1] i32: 0 = stream 2, -1 = stream 1
+    TensorView index;                          ///< [1, T'] i32: the tokens of stream 2, ascending
+    TensorView ids;                            ///< [1, T'] i32: their token ids
     std::span<std::int64_t> sequence_offsets;  ///< tokens of stream 2 before each sequence
     // Computed again.
     TensorView wide;       ///< [T, 2H] A: the stream before and after attention

@@ -46,13 +46,26 @@ std::int64_t loosest_capacity(const InstanceOptions& o) {
   return dropless || o.model.first_k_dense >= o.model.num_layers ? 0 : most;
 }
 
+/// Most rows of a segment that is filled up to its capacity; 0 = none is.
+std::int64_t padded_capacity(const InstanceOptions& o) {
+  std::int64_t most = 0;
+  for_each_routing(o, [&](const LayerRouting& layer) {
+    if (!o.training || !layer.routing.pad_to_capacity) return;
+    most = std::max(
+        most, expert_capacity(layer.routing.capacity_factor, layer.routing.min_capacity, layer.topk,
+                              o.micro_batch_seqs * o.seq_len, o.model.num_experts));
+  });
+  return most;
+}
+
 DispatcherOptions dispatcher_options(const InstanceOptions& o) {
   return {.num_experts = o.model.num_experts,
           .max_tokens = o.micro_batch_seqs * o.seq_len,
           .slots_per_token = max_slots(o),
           .hidden_size = o.model.hidden_size,
           .dtype = o.compute,
-          .capacity = loosest_capacity(o)};
+          .capacity = loosest_capacity(o),
+          .padded_capacity = padded_capacity(o)};
 }
 
 ParamRegistry make_registry(const ProcessGroups& groups, const InstanceOptions& o) {
@@ -130,7 +143,7 @@ void ModelInstance::apply_groups() {
 RoundMemory ModelInstance::round_memory(bool worst) const {
   const std::int64_t tokens = micro_batch_tokens();
   const std::int64_t local = registry_.num_local_experts();
-  const std::int64_t balanced = tokens * dispatcher_->options().slots_per_token;
+  const std::int64_t balanced = max_send_rows(dispatcher_->options());
   const std::int64_t rows =
       worst ? dispatcher_->max_recv_rows() : std::min(balanced, dispatcher_->max_recv_rows());
   const std::int64_t padded =
@@ -178,9 +191,6 @@ PrimitiveReport ModelInstance::build_primitives() {
 std::vector<ByteRow> ModelInstance::byte_rows() const {
   const RoundMemory balanced = round_memory(false);
   const RoundMemory worst = round_memory(true);
-  const auto row_bytes =
-      static_cast<std::int64_t>(size_of(options_.compute)) * options_.model.hidden_size;
-  const std::int64_t slots = micro_batch_tokens() * dispatcher_->options().slots_per_token;
   std::vector<ByteRow> rows{{"parameters", params_->value_bytes(), params_->value_bytes()}};
   if (options_.training) {
     rows.push_back({"gradient sums", params_->sum_bytes(), params_->sum_bytes()});
@@ -190,7 +200,8 @@ std::vector<ByteRow> ModelInstance::byte_rows() const {
   if (options_.training && balance_.bytes() > (1 << 20)) {
     rows.push_back({"scores for balancing", balance_.bytes(), balance_.bytes()});
   }
-  rows.push_back({"exchange buffers", 2 * slots * row_bytes, 2 * slots * row_bytes});
+  const std::int64_t exchange = dispatcher_->buffer_bytes();
+  rows.push_back({"exchange buffers", exchange, exchange});
   return rows;
 }
 

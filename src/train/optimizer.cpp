@@ -69,6 +69,8 @@ void Optimizer::plan_norm() {
 }
 
 void Optimizer::reduce_gradients() {
+  const Span span(instance_->stream(), "reduction");
+  instance_->world().meet(instance_->stream());
   for (Flat& flat : flats_) {
     if (instance_->registry().flat_size(flat.id) == 0) continue;
     const TensorView sums = instance_->params().flat_sums(flat.id);
@@ -82,6 +84,7 @@ void Optimizer::reduce_gradients() {
 }
 
 double Optimizer::gradient_norm() {
+  const Span span(instance_->stream(), "gradient norm");
   Stream& stream = instance_->stream();
   const TensorView parts(norm_parts_.data(), DType::f64, 1, std::ssize(norm_parts_));
   std::int64_t position = norm_offsets_[static_cast<std::size_t>(instance_->world().rank())];
@@ -152,6 +155,8 @@ void Optimizer::apply(double lr, double clip_factor, std::int64_t update) {
                                   .bias_correction2 = correction2});
     });
   }
+  const Span span(instance_->stream(), "reduction");
+  instance_->world().meet(instance_->stream());
   instance_->gather_parameters();
 }
 

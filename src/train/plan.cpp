@@ -86,6 +86,7 @@ TrainPlan make_plan(const TrainerOptions& options, int num_ranks, std::int64_t e
   plan.capacity =
       expert_capacity(options.routing.capacity_factor, options.routing.min_capacity,
                       options.model.topk, plan.micro_batch_tokens, options.model.num_experts);
+  plan.padded = options.routing.pad_to_capacity;
   plan.training_flops_per_token =
       instance.transformer().training_flops_per_token(options.train.seq_len);
   plan.bytes = instance.byte_rows();
@@ -111,7 +112,9 @@ std::string to_text(const TrainPlan& plan) {
       grouped_digits(plan.tokens_per_step), plan.micro_batches,
       grouped_digits(plan.micro_batch_tokens), plan.rounds, plan.rounds == 1 ? "" : "s",
       grouped_digits(plan.rows_per_segment),
-      plan.capacity == 0 ? "dropless" : fmt::format("at most {}", grouped_digits(plan.capacity)));
+      plan.capacity == 0 ? "dropless"
+                         : fmt::format("{} {}", plan.padded ? "filled up to" : "at most",
+                                       grouped_digits(plan.capacity)));
   text += fmt::format("\n{:<40} {:>12} {:>12}\n", "memory of a rank", "even load", "worst case");
   std::int64_t even = 0;
   std::int64_t worst = 0;

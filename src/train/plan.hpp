@@ -19,6 +19,7 @@ struct TrainPlan {
   std::int64_t micro_batch_tokens = 0;
   std::int64_t rows_per_segment = 0;  ///< T K / E: evenly loaded experts
   std::int64_t capacity = 0;          ///< rows per (expert, micro-batch); 0 = dropless
+  bool padded = false;                ///< every segment has `capacity` rows
   double training_flops_per_token = 0;
   std::vector<ByteRow> bytes;       ///< of rank 0
   std::vector<std::string> advice;  ///< sentences; what could be better

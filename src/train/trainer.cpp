@@ -89,6 +89,7 @@ void Trainer::run_round(const BatchSampler& sampler, std::int64_t round) {
   const std::int64_t number = schedule_.number(round, rank);
   MicroBatch batch = buffers_.idle();
   if (number >= 0) {
+    const Span span(instance_->stream(), "data");
     batch = buffers_.fill(
         sampler, number, train.micro_batch_seqs,
         counters_[kStepsDone] * train.global_batch_seqs + number * train.micro_batch_seqs);
@@ -123,6 +124,8 @@ void Trainer::run_round(const BatchSampler& sampler, std::int64_t round) {
 }
 
 void Trainer::gather_scalars() {
+  const Span span(instance_->stream(), "metrics");
+  instance_->world().meet(instance_->stream());
   Stream& stream = instance_->stream();
   stream.wait(instance_->world().all_gather_v(
       stream,
@@ -149,6 +152,7 @@ void Trainer::gather_scalars() {
 }
 
 void Trainer::reduce_counts(std::int64_t sent_before, double comm_before) {
+  const Span span(instance_->stream(), "metrics");
   Stream& stream = instance_->stream();
   const auto ranks = static_cast<std::size_t>(schedule_.num_ranks);
   const auto own = static_cast<std::size_t>(instance_->world().rank());
@@ -182,6 +186,7 @@ void Trainer::reduce_counts(std::int64_t sent_before, double comm_before) {
 }
 
 std::int64_t Trainer::agree(StepRequests& requests) {
+  const Span span(instance_->stream(), "metrics");
   // The largest of the negated keys is the lowest key.
   std::int64_t news[3] = {-instance_->params().bad_leaf().load(), requests.stop ? 1 : 0,
                           requests.time_up ? 1 : 0};

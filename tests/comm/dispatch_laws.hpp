@@ -51,7 +51,16 @@ struct Situation {
     s.drop = pick(2) == 0 ? 0 : 0.4;
     if (pick(3) == 0) s.options.capacity = 1 + pick(s.options.max_tokens);
     s.some_idle = pick(2) == 0;
+    if (s.options.capacity > 0 && pick(2) == 0) s.options.padded_capacity = s.options.capacity;
     return s;
+  }
+  /// Rows that experts first..end get of a round with spare ones.
+  std::int64_t padded_rows_of(int round, std::int64_t num_experts) const {
+    std::int64_t rows = 0;
+    for (int rank = 0; rank < num_ranks; ++rank) {
+      if (num_tokens(round, rank) > 0) rows += num_experts * options.padded_capacity;
+    }
+    return rows;
   }
 
   /// Global micro-batch of `rank`, or -1; ranks do not hold them in ascending order.
@@ -212,8 +221,9 @@ void check_round(Communicator& comm, Stream& stream, TokenDispatcher& dispatcher
   const std::int64_t tokens = s.num_tokens(round, comm.rank());
   const std::int64_t micro_batch = s.micro_batch(round, comm.rank());
   auto experts = s.expert_of_slot(round, comm.rank());
+  const bool padded = s.options.padded_capacity > 0;
   dispatcher.make_plan(stream, {experts.data(), DType::i32, tokens, slots}, micro_batch, {round, 3},
-                       plan);
+                       plan, s.options.padded_capacity);
   check_segments(plan, dispatcher);
 
   // Token rows name micro-batch and token; scalars name the slot.
@@ -235,15 +245,28 @@ void check_round(Communicator& comm, Stream& stream, TokenDispatcher& dispatcher
   // Conservation: every kept (token, choice) once, in its segment, in (token, choice) order.
   const auto begin = dispatcher.experts().begin(comm.rank());
   const auto expected = expected_rows(s, round, begin, dispatcher.experts().begin(comm.rank() + 1));
-  EXPECT_EQ(plan.num_recv_rows, static_cast<std::int64_t>(expected.size()));
+  EXPECT_EQ(plan.num_recv_rows,
+            padded ? s.padded_rows_of(round, dispatcher.experts().count(comm.rank()))
+                   : static_cast<std::int64_t>(expected.size()));
   Rows<T> b(plan.num_recv_rows, hidden, kWgradRowPadding);
   Rows<A> db(1, plan.num_recv_rows, 1, 1);
   std::int64_t wrong = 0, left = 0;
   std::size_t next = 0;
   for (const Segment& segment : plan.segments) {
-    for (std::int64_t i = 0; i < segment.rows && next < expected.size(); ++i, ++next) {
-      const ExpectedRow& e = expected[next];
+    wrong += padded && segment.rows != s.options.padded_capacity;
+    for (std::int64_t i = 0; i < segment.rows; ++i) {
       const std::int64_t row = segment.row_begin + i;
+      const bool spare = padded && (next == expected.size() ||
+                                    expected[next].expert != segment.local_expert_idx + begin ||
+                                    expected[next].micro_batch != segment.micro_batch);
+      if (spare) {
+        // They arrive empty, and what goes back from them is not read.
+        wrong += row_weight.get(0, row) != 0;
+        for (std::int64_t h = 0; h < hidden; ++h) wrong += x.get(row, h) != 0;
+        continue;
+      }
+      if (next == expected.size()) break;
+      const ExpectedRow& e = expected[next++];
       wrong += segment.local_expert_idx + begin != e.expert || segment.micro_batch != e.micro_batch;
       wrong += x.get(row, 0) != e.micro_batch || x.get(row, 1) != e.token;
       wrong += row_weight.get(0, row) != (e.micro_batch * 64 + e.token) * 32 + e.choice;

@@ -5,6 +5,8 @@
 
 #include <filesystem>
 #include <fstream>
+#include <nlohmann/json.hpp>
+#include <set>
 #include <sstream>
 #include <string>
 
@@ -270,6 +272,22 @@ TEST_F(TrainingCommand, EveryBenchmarkRunsAtATinySize) {
     EXPECT_EQ(result.code, 0) << result.out;
     EXPECT_TRUE(contains(result.out, expected)) << result.out;
   }
+  const std::string trace = run_dir("trace.json");
+  const ShellResult account = arcus(2, "bench step" + tiny + " --account --trace " + trace);
+  EXPECT_EQ(account.code, 0) << account.out;
+  for (const char* row : {"experts' products at the measured peak", "counts exchange",
+                          "waiting for others", "sum of the rows"}) {
+    EXPECT_TRUE(contains(account.out, row)) << account.out;
+  }
+  // One track a rank, spans of both.
+  std::ifstream file(trace);
+  const auto json = nlohmann::json::parse(file, nullptr, false);
+  ASSERT_TRUE(json.is_object());
+  std::set<int> tracks;
+  for (const auto& event : json["traceEvents"]) {
+    if (event["ph"] == "X" && event["name"] == "dispatch") tracks.insert(event["tid"].get<int>());
+  }
+  EXPECT_EQ(tracks, (std::set<int>{0, 1}));
 }
 
 TEST_F(TrainingCommand, OutputThatCannotBeWrittenIsAnError) {

@@ -138,6 +138,46 @@ TEST_P(RoutingLaws, EvaluationChangesNoStateAndHearsNoNoise) {
   EXPECT_EQ(layer.run(false, nothing), once);
 }
 
+// Spare rows are computed on and never seen: the routing is the same, the gradients but for the
+// order of sums over rows (each a sum of at most 64 products, all of them below 1).
+TEST_P(RoutingLaws, FillingUpToCapacityChangesNoRouting) {
+  RoutingCase plain = GetParam();
+  ModelConfig model;
+  RoutingConfig routing;
+  plain.apply(model, routing);
+  if (!routing.pad_to_capacity) return;
+  OneLayer padded(plain, 4, 16);
+  plain.apply = [](ModelConfig& m, RoutingConfig& r) {
+    GetParam().apply(m, r);
+    r.pad_to_capacity = false;
+  };
+  OneLayer other(plain, 4, 16);
+  std::int64_t capacity = 0;
+  const auto collect = [&](std::vector<float>& values) {
+    return [&](const MicroBatch&, const Routing& r) {
+      capacity = r.capacity;
+      const auto w = r.weight.span<float>();
+      const auto idx = r.expert_of_slot.span<std::int32_t>();
+      values.assign(w.begin(), w.end());
+      values.insert(values.end(), idx.begin(), idx.end());
+    };
+  };
+  std::vector<float> with, without;
+  padded.run(true, collect(with));
+  other.run(true, collect(without));
+  EXPECT_EQ(with, without);
+  EXPECT_EQ(padded.stats().recv_rows[0], 8 * capacity);
+  EXPECT_LE(other.stats().recv_rows[0], 8 * capacity);
+  EXPECT_EQ(padded.stats().token_loss_sum, other.stats().token_loss_sum);
+  for (const FlatId flat : kFlatIds) {
+    const auto a = padded.instance().params().flat_sums(flat).span<std::int64_t>();
+    const auto b = other.instance().params().flat_sums(flat).span<std::int64_t>();
+    for (std::size_t i = 0; i < a.size(); ++i) {
+      EXPECT_NEAR(std::ldexp(a[i], -50), std::ldexp(b[i], -50), 64 * std::ldexp(1.0, -24));
+    }
+  }
+}
+
 // Experts under another numbering, whole groups moved and turned inside: the same tokens go to the
 // same experts, and the model's output is the same but for the order of its sums.
 TEST_P(RoutingLaws, RenumberedExpertsAreTheSameExperts) {

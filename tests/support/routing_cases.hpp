@@ -82,6 +82,13 @@ inline std::vector<RoutingCase> routing_cases() {
         });
       }
     }
+    if (select.takes_capacity) {
+      add(name + "_padded", [=](ModelConfig& m, RoutingConfig& r) {
+        use_select(*row, m, r);
+        r.capacity_factor = 1.25;
+        r.pad_to_capacity = true;
+      });
+    }
     if (select.takes_groups) {
       for (const char* score : {"top2_sum", "max"}) {
         add(name + "_groups_" + score, [=](ModelConfig& m, RoutingConfig& r) {
@@ -129,6 +136,13 @@ inline std::vector<RoutingCase> routing_cases() {
       r.stream_target_loss = 0.5;
       r.stream_target_share = 0.4;
     });
+    if (stream.passes_all || stream.predicts) {
+      add(name + "_padded", [=](ModelConfig&, RoutingConfig& r) {
+        use_stream(*row, r);
+        r.capacity_factor = 1.25;
+        r.pad_to_capacity = true;
+      });
+    }
     // Every selection as its second level, with what balances it.
     for (const SelectRow& select : select_table()) {
       const SelectRow* second = &select;
