@@ -10,7 +10,7 @@
 #include <string_view>
 #include <vector>
 
-#include "kernels/arena.hpp"
+#include "comm/shared_memory.hpp"
 #include "kernels/stream.hpp"
 #include "src/base/error.hpp"
 #include "src/base/tensor.hpp"
@@ -91,8 +91,13 @@ class Communicator {
   void meet(Stream& stream);
   /// Ranks with the same colour form a communicator, ordered by (key, rank).
   std::unique_ptr<Communicator> split(int color, int key);
-  /// Memory for rows that will be exchanged; may be shared or registered with the transport.
-  virtual Arena allocate_rows(std::string name, std::int64_t bytes);
+  /// Memory that all ranks can address (`bytes` of it here; may differ between ranks), or null on
+  /// all ranks alike where they cannot: on several nodes, say. Collective.
+  virtual std::unique_ptr<SharedMemory> share_memory(std::int64_t bytes);
+  /// Throws if another rank is known to have failed; for loops that wait for a flag.
+  virtual void check_peers() {}
+  /// Bytes that went to other ranks in another way than by these calls.
+  void count_sent(std::int64_t bytes) { sent_bytes_ += bytes; }
   /// Ends all ranks of the job with this rank's message as the last line of the log. Does not
   /// return; called where an error reaches the top of a rank. (Ranks that are threads of one
   /// process throw the message instead.)

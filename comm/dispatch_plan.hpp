@@ -28,6 +28,8 @@ struct DispatchPlan {
   std::span<std::int32_t> slot_of_row;  ///< [num_send_rows]: t * K + k, its inverse; -1 = spare
   std::span<std::int64_t> send_counts, send_offsets;  ///< [P], [P] rows
   std::span<std::int64_t> recv_counts, recv_offsets;
+  /// [P] place of this rank's first row among all that rank p receives; shared memory alone.
+  std::span<std::int64_t> push_offsets;
   std::span<Segment> segments;  ///< those with rows > 0
   std::int64_t num_send_rows = 0;
   std::int64_t num_recv_rows = 0;    ///< R

@@ -28,8 +28,8 @@ class FlatDispatcher final : public TokenDispatcher {
       : TokenDispatcher(ep, options),
         row_bytes_(row_bytes_of(options)),
         scalar_bytes_(scalar_bytes_of(options)),
-        send_(ep.allocate_rows("dispatch", row_buffer_bytes(options))),
-        slots_(ep.allocate_rows("combine", row_buffer_bytes(options))),
+        send_("dispatch", row_buffer_bytes(options)),
+        slots_("combine", row_buffer_bytes(options)),
         scalars_("scalars", 3 * (scalar_buffer_bytes(options) + 128)),
         send_rows_(static_cast<char*>(send_.allocate_bytes(row_buffer_bytes(options)))),
         slot_rows_(static_cast<char*>(slots_.allocate_bytes(row_buffer_bytes(options)))),
@@ -48,13 +48,7 @@ class FlatDispatcher final : public TokenDispatcher {
                  ConstTensorView slot_scalars, TensorView rows, TensorView row_scalars) override {
     const Span span(stream, "dispatch");
     const bool scalars = slot_scalars.data != nullptr || row_scalars.data != nullptr;
-    check_rows("tokens", tokens, plan.num_tokens);
-    check_rows("rows", rows, plan.num_recv_rows);
-    ARCUS_CHECK(rows.contiguous(), "dispatch: received rows have a stride of {}", rows.stride);
-    if (scalars) {
-      check_scalars("slot", slot_scalars, plan.num_tokens * plan.slots_per_token);
-      check_scalars("row", row_scalars, plan.num_recv_rows);
-    }
+    check_dispatch(plan, tokens, slot_scalars, rows, row_scalars);
     pack(stream, plan, tokens, slot_scalars, rows, row_scalars);
     if (rows.data != nullptr) {
       fill_zero(stream, {.y = {static_cast<char*>(rows.data) + plan.num_recv_rows * row_bytes_,
@@ -72,9 +66,7 @@ class FlatDispatcher final : public TokenDispatcher {
     const Span span(stream, "combine");
     comm().meet(stream);
     const bool scalars = row_scalars.data != nullptr;
-    check_rows("rows", rows, plan.num_recv_rows);
-    ARCUS_CHECK(rows.contiguous(), "combine: rows have a stride of {}", rows.stride);
-    if (scalars) check_scalars("row", row_scalars, plan.num_recv_rows);
+    check_combine(plan, rows, row_scalars);
     point_at_rows(plan, static_cast<const char*>(rows.data));
     slot_rows.rows = std::span(row_pointers_).first(plan.row_of_slot.size());
     slot_rows.scalars = {};
@@ -122,20 +114,6 @@ class FlatDispatcher final : public TokenDispatcher {
     const DispatchPlan* plan_ = nullptr;
     const char* own_scalars_ = nullptr;
   };
-
-  void check_rows(const char* what, const ConstTensorView& view, std::int64_t expected) const {
-    ARCUS_CHECK(view.rows == expected && (expected == 0 || view.cols == options().hidden_size) &&
-                    (expected == 0 || view.dtype == options().dtype),
-                "{} are {} x {} {}, the plan has {} of {} {}", what, view.rows, view.cols,
-                name_of(view.dtype), expected, options().hidden_size, name_of(options().dtype));
-  }
-  void check_scalars(const char* what, const ConstTensorView& view, std::int64_t expected) const {
-    const DType dtype = accumulate_dtype(options().dtype);
-    ARCUS_CHECK(
-        view.size() == expected && view.contiguous() && (expected == 0 || view.dtype == dtype),
-        "{} {} scalars of {}, the plan has {} of {}", view.size(), what, name_of(view.dtype),
-        expected, name_of(dtype));
-  }
 
   /// Own rows are copied straight to their place, so they take no part in the exchange.
   void exclude_own(std::span<const std::int64_t> send, std::span<const std::int64_t> recv) {

@@ -9,6 +9,7 @@
 
 #include "comm/backends.hpp"
 #include "comm/last_words.hpp"
+#include "comm/mpi_shared_memory.hpp"
 #include "comm/reduce.hpp"
 
 namespace arcus {
@@ -181,6 +182,12 @@ MpiComm::MpiComm(MpiHandle comm, CommunicatorOptions options)
 MpiComm::~MpiComm() {
   if (finalized()) return;
   for (auto& [bytes, type] : row_types_) MPI_Type_free(&type);
+}
+
+std::unique_ptr<SharedMemory> MpiComm::share_memory(std::int64_t bytes) {
+  // Every rank sees the same: a node's ranks are either all of the communicator or not.
+  if (node_size_ < size()) return nullptr;
+  return share_over_processes(handle(), bytes);
 }
 
 void MpiComm::abort(ExitCode code, std::string_view message) {

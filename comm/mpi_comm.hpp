@@ -60,6 +60,7 @@ class MpiComm final : public Communicator {
   ~MpiComm() override;
 
   [[noreturn]] void abort(ExitCode code, std::string_view message) override;
+  std::unique_ptr<SharedMemory> share_memory(std::int64_t bytes) override;
   int node_local_rank() const override { return node_local_rank_; }
   int node_size() const override { return node_size_; }
   MPI_Comm handle() const { return comm_.get(); }

@@ -9,9 +9,10 @@ namespace arcus {
 
 /// Keys of [parallel].
 struct ParallelConfig {
-  std::int64_t ep_size = 0;   ///< ranks that jointly hold one copy of all experts; 0 = "auto"
-  std::string comm = "auto";  ///< "auto" | "nccl" | "mpi"
-  std::int64_t threads = 0;   ///< CPU threads per rank; 0 = the node's cores shared by its ranks
+  std::int64_t ep_size = 0;       ///< ranks that jointly hold one copy of all experts; 0 = "auto"
+  std::string comm = "auto";      ///< "auto" | "nccl" | "mpi"
+  std::string dispatch = "auto";  ///< how tokens reach experts: "auto" | "flat" | "shared"
+  std::int64_t threads = 0;  ///< CPU threads per rank; 0 = the node's cores shared by its ranks
 };
 
 /// Experts 0..num_experts-1 in blocks of consecutive ones over num_ranks ranks, sizes differing by

@@ -2,6 +2,7 @@
 #include <array>
 #include <condition_variable>
 #include <cstring>
+#include <deque>
 #include <exception>
 #include <mutex>
 #include <thread>
@@ -9,6 +10,7 @@
 
 #include "comm/backends.hpp"
 #include "comm/reduce.hpp"
+#include "kernels/arena.hpp"
 
 namespace arcus {
 namespace {
@@ -29,6 +31,7 @@ class World {
     Op op = Op::none;
     const void* args = nullptr;
     int color = 0, key = 0;
+    char* memory = nullptr;
     std::shared_ptr<World> child;  ///< split: made by the lowest rank of a colour
     int child_rank = 0;
   };
@@ -71,6 +74,18 @@ class World {
     }
   }
 
+  /// Memory that lives as long as this does: other ranks may be reading it when its owner fails.
+  char* keep(std::int64_t bytes) {
+    const std::lock_guard lock(mutex_);
+    auto& arena = memory_.emplace_back("shared memory of threads", bytes);
+    return static_cast<char*>(arena.allocate_bytes(bytes));
+  }
+
+  void check() {
+    const std::lock_guard lock(mutex_);
+    if (!failure_.empty()) throw PeerFailure(failure_);
+  }
+
   std::shared_ptr<World> make_child(int size) {
     auto child = std::make_shared<World>(size);
     const std::lock_guard lock(mutex_);
@@ -106,6 +121,7 @@ class World {
   std::uint64_t generation_ = 0;
   std::string failure_;
   std::vector<std::weak_ptr<World>> children_;
+  std::deque<Arena> memory_;
 };
 
 char* at(void* base, std::int64_t index, std::int64_t bytes) {
@@ -118,6 +134,15 @@ void copy(void* to, const void* from, std::int64_t bytes) {
   if (bytes > 0 && to != from) std::memcpy(to, from, static_cast<std::size_t>(bytes));
 }
 
+/// Addresses of memory that the ranks' world keeps.
+class ThreadMemory final : public SharedMemory {
+ public:
+  ThreadMemory(std::vector<char*> parts, std::int64_t bytes) {
+    parts_ = std::move(parts);
+    bytes_ = bytes;
+  }
+};
+
 class ThreadComm final : public Communicator {
  public:
   ThreadComm(std::shared_ptr<World> world, int rank, CommunicatorOptions options)
@@ -127,6 +152,16 @@ class ThreadComm final : public Communicator {
   [[noreturn]] void abort(ExitCode code, std::string_view message) override {
     ARCUS_FAIL(code, "{}", message);
   }
+  std::unique_ptr<SharedMemory> share_memory(std::int64_t bytes) override {
+    World::Entry& mine = world_->entry(rank());
+    mine.memory = world_->keep(bytes);
+    world_->meet();
+    std::vector<char*> parts;
+    for (int peer = 0; peer < size(); ++peer) parts.push_back(world_->entry(peer).memory);
+    world_->part();
+    return std::make_unique<ThreadMemory>(std::move(parts), bytes);
+  }
+  void check_peers() override { world_->check(); }
 
  protected:
   Event do_all_to_all_v(const AllToAllV& args) override {

@@ -68,7 +68,7 @@ struct TokenDispatcher::Counting {
   Counting(const DispatcherOptions& options, const ExpertPartition& experts, int rank)
       : num_ranks(static_cast<std::size_t>(experts.num_ranks())),
         local_experts(experts.count(rank)),
-        width(static_cast<std::size_t>(kNumFields + experts.count(0))),
+        width(static_cast<std::size_t>(message_width(options, experts.num_ranks()))),
         configuration(hash_of(options)),
         next_row(static_cast<std::size_t>(options.num_experts + 1)),
         sent(num_ranks * width),
@@ -86,7 +86,7 @@ struct TokenDispatcher::Counting {
 
   std::size_t num_ranks;
   std::int64_t local_experts;
-  std::size_t width;                   ///< of one message; the first rank has the most experts
+  std::size_t width;                   ///< of one message
   std::int64_t configuration;          ///< hash of the options
   std::vector<std::int64_t> next_row;  ///< [E + 1]
   std::vector<std::int64_t> sent, received;
@@ -125,8 +125,8 @@ DispatchPlan TokenDispatcher::make_plan_storage(Arena& arena) const {
   DispatchPlan plan;
   plan.storage.row_of_slot = arena.allocate_array<std::int32_t>(slots);
   plan.storage.slot_of_row = arena.allocate_array<std::int32_t>(max_send_rows(options_));
-  for (auto* counts :
-       {&plan.send_counts, &plan.send_offsets, &plan.recv_counts, &plan.recv_offsets}) {
+  for (auto* counts : {&plan.send_counts, &plan.send_offsets, &plan.recv_counts, &plan.recv_offsets,
+                       &plan.push_offsets}) {
     *counts = arena.allocate_array<std::int64_t>(ranks);
   }
   const auto segments = static_cast<std::size_t>(counting_->local_experts * ranks);
@@ -155,6 +155,79 @@ void TokenDispatcher::make_plan(Stream& stream, ConstTensorView expert_of_slot,
   comm_->meet(stream);
   exchange_counts(stream, tag, plan);
   place_segments(plan);
+}
+
+Arena TokenDispatcher::make_row_memory(std::int64_t bytes) { return {"received rows", bytes}; }
+
+void TokenDispatcher::check_rows(const char* what, const ConstTensorView& view,
+                                 std::int64_t expected) const {
+  ARCUS_CHECK(view.rows == expected && (expected == 0 || view.cols == options_.hidden_size) &&
+                  (expected == 0 || view.dtype == options_.dtype),
+              "{} are {} x {} {}, the plan has {} of {} {}", what, view.rows, view.cols,
+              name_of(view.dtype), expected, options_.hidden_size, name_of(options_.dtype));
+}
+
+void TokenDispatcher::check_scalars(const char* what, const ConstTensorView& view,
+                                    std::int64_t expected) const {
+  const DType dtype = accumulate_dtype(options_.dtype);
+  ARCUS_CHECK(
+      view.size() == expected && view.contiguous() && (expected == 0 || view.dtype == dtype),
+      "{} {} scalars of {}, the plan has {} of {}", view.size(), what, name_of(view.dtype),
+      expected, name_of(dtype));
+}
+
+void TokenDispatcher::check_dispatch(const DispatchPlan& plan, const ConstTensorView& tokens,
+                                     const ConstTensorView& slot_scalars,
+                                     const ConstTensorView& rows,
+                                     const ConstTensorView& row_scalars) const {
+  check_rows("tokens", tokens, plan.num_tokens);
+  check_rows("rows", rows, plan.num_recv_rows);
+  ARCUS_CHECK(rows.contiguous(), "dispatch: received rows have a stride of {}", rows.stride);
+  if (slot_scalars.data == nullptr && row_scalars.data == nullptr) return;
+  check_scalars("slot", slot_scalars, plan.num_tokens * plan.slots_per_token);
+  check_scalars("row", row_scalars, plan.num_recv_rows);
+}
+
+void TokenDispatcher::check_combine(const DispatchPlan& plan, const ConstTensorView& rows,
+                                    const ConstTensorView& row_scalars) const {
+  check_rows("rows", rows, plan.num_recv_rows);
+  ARCUS_CHECK(rows.contiguous(), "combine: rows have a stride of {}", rows.stride);
+  if (row_scalars.data != nullptr) check_scalars("row", row_scalars, plan.num_recv_rows);
+}
+
+std::int64_t TokenDispatcher::message_width(const DispatcherOptions& options, int num_ranks) {
+  // The first rank has the most experts.
+  return kNumFields + ExpertPartition(options.num_experts, num_ranks).count(0);
+}
+
+std::int64_t TokenDispatcher::rows_of_message(const std::int64_t* message) {
+  return message[kRows];
+}
+
+void TokenDispatcher::exchange_messages(Stream& stream, std::span<const std::int64_t> sent,
+                                        std::span<std::int64_t> received, DispatchPlan&) {
+  const Counting& c = *counting_;
+  stream.wait(comm_->all_to_all_v(stream, {sent.data(), c.ones, c.indices, received.data(), c.ones,
+                                           c.indices, static_cast<std::int64_t>(c.width * 8)}));
+}
+
+DispatchPath dispatch_path_from_name(std::string_view name) {
+  if (name == "flat") return DispatchPath::flat;
+  if (name == "shared") return DispatchPath::shared;
+  ARCUS_REQUIRE(name == "auto", ExitCode::usage,
+                "parallel.dispatch is \"{}\"; it must be \"auto\", \"flat\" or \"shared\"", name);
+  return DispatchPath::automatic;
+}
+
+std::unique_ptr<TokenDispatcher> make_dispatcher(Communicator& ep, const DispatcherOptions& options,
+                                                 DispatchPath path) {
+  if (path == DispatchPath::flat || ep.size() == 1) return make_flat_dispatcher(ep, options);
+  auto dispatcher = make_shared_dispatcher(ep, options);
+  ARCUS_REQUIRE(dispatcher != nullptr || path == DispatchPath::automatic, ExitCode::usage,
+                "parallel.dispatch is \"shared\", but the {} ranks that exchange tokens cannot "
+                "share memory (several nodes, or containers of their own); set it to \"auto\"",
+                ep.size());
+  return dispatcher != nullptr ? std::move(dispatcher) : make_flat_dispatcher(ep, options);
 }
 
 /// Counting sort by expert, stable in (token, choice rank); since experts are numbered along the
@@ -217,9 +290,7 @@ void TokenDispatcher::exchange_counts(Stream& stream, PlanTag tag, DispatchPlan&
     message[kRows] = plan.send_counts[static_cast<std::size_t>(r)];
     message[kConfiguration] = c.configuration;
   }
-  stream.wait(
-      comm_->all_to_all_v(stream, {c.sent.data(), c.ones, c.indices, c.received.data(), c.ones,
-                                   c.indices, static_cast<std::int64_t>(c.width * 8)}));
+  exchange_messages(stream, c.sent, c.received, plan);
   check_counts(tag);
   for (int r = 0; r < comm_->size(); ++r) {
     plan.recv_counts[static_cast<std::size_t>(r)] = c.from(r)[kRows];

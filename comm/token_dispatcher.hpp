@@ -3,8 +3,10 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <string_view>
 
 #include "comm/dispatch_plan.hpp"
+#include "kernels/arena.hpp"
 
 namespace arcus {
 
@@ -57,11 +59,17 @@ class TokenDispatcher {
   /// weight gradients read them.
   virtual Event dispatch(Stream& stream, const DispatchPlan& plan, ConstTensorView tokens,
                          ConstTensorView slot_scalars, TensorView rows, TensorView row_scalars) = 0;
+  /// Memory for `rows` and `row_scalars` of dispatch and combine, both ways. Collective; to be
+  /// called once, before the first dispatch, and to be kept as long as the dispatcher.
+  virtual Arena make_row_memory(std::int64_t bytes);
   /// The way back of rows[R, H] (contiguous) and row_scalars[1, R]; null data: no scalars, on all
   /// ranks alike (a rank that received no row passes a view of no columns with data). `slot_rows`
   /// is filled at once and may be read when the event is complete.
   virtual Event combine(Stream& stream, const DispatchPlan& plan, ConstTensorView rows,
                         ConstTensorView row_scalars, SlotRows& slot_rows) = 0;
+  /// What combine gave has been used: other ranks may have their rows back. To be called after
+  /// every combine, by all ranks.
+  virtual void finish_combine() {}
 
   /// Most rows this rank can receive in one round.
   std::int64_t max_recv_rows() const;
@@ -71,8 +79,23 @@ class TokenDispatcher {
 
  protected:
   TokenDispatcher(Communicator& comm, const DispatcherOptions& options);
+  /// Throws unless views fit plan and options.
+  void check_dispatch(const DispatchPlan& plan, const ConstTensorView& tokens,
+                      const ConstTensorView& slot_scalars, const ConstTensorView& rows,
+                      const ConstTensorView& row_scalars) const;
+  void check_combine(const DispatchPlan& plan, const ConstTensorView& rows,
+                     const ConstTensorView& row_scalars) const;
+  /// Takes `sent`, one message for every rank, to the ranks; `received` is what came from each.
+  virtual void exchange_messages(Stream& stream, std::span<const std::int64_t> sent,
+                                 std::span<std::int64_t> received, DispatchPlan& plan);
+  /// Words of one such message, and the rows that it announces.
+  static std::int64_t message_width(const DispatcherOptions& options, int num_ranks);
+  static std::int64_t rows_of_message(const std::int64_t* message);
 
  private:
+  void check_rows(const char* what, const ConstTensorView& view, std::int64_t expected) const;
+  void check_scalars(const char* what, const ConstTensorView& view, std::int64_t expected) const;
+
   struct Counting;
   void sort_slots(ConstTensorView expert_of_slot, std::int64_t rows_per_expert, DispatchPlan& plan);
   void exchange_counts(Stream& stream, PlanTag tag, DispatchPlan& plan);
@@ -92,6 +115,20 @@ std::int64_t max_recv_rows(const DispatcherOptions& options, int rank, int num_r
 std::int64_t max_padded_rows(const DispatcherOptions& options, int rank, int num_ranks);
 /// buffer_bytes() of a flat dispatcher.
 std::int64_t flat_dispatcher_bytes(const DispatcherOptions& options);
+
+/// Through memory that the ranks of a node share. Null, on all ranks alike, where they cannot.
+/// Collective.
+std::unique_ptr<TokenDispatcher> make_shared_dispatcher(Communicator& ep,
+                                                        const DispatcherOptions& options);
+std::int64_t shared_dispatcher_bytes(const DispatcherOptions& options);
+
+enum class DispatchPath { automatic, flat, shared };
+/// "auto", "flat" or "shared".
+DispatchPath dispatch_path_from_name(std::string_view name);
+/// The dispatcher of a path; `automatic`: shared where the ranks of `ep` are several and can share
+/// memory. Throws (usage) where `shared` is asked for and cannot be. Collective.
+std::unique_ptr<TokenDispatcher> make_dispatcher(Communicator& ep, const DispatcherOptions& options,
+                                                 DispatchPath path);
 
 /// One message per peer over any transport: rows packed in send order, own rows copied straight to
 /// their place, segments read from the receive buffer without an unpermute.

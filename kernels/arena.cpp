@@ -31,18 +31,23 @@ Arena::Arena(std::string name, std::int64_t capacity)
   // Large pages where the kernel offers them: fewer faults in the first steps.
   madvise(memory, static_cast<std::size_t>(capacity_), MADV_HUGEPAGE);
   base_ = static_cast<char*>(memory);
+  owner_ = true;
 }
+
+Arena::Arena(std::string name, void* memory, std::int64_t capacity)
+    : name_(std::move(name)), base_(static_cast<char*>(memory)), capacity_(capacity) {}
 
 Arena::Arena(Arena&& other) noexcept
     : name_(std::move(other.name_)),
       counting_(other.counting_),
+      owner_(std::exchange(other.owner_, false)),
       base_(std::exchange(other.base_, nullptr)),
       capacity_(std::exchange(other.capacity_, 0)),
       used_(other.used_),
       peak_(other.peak_) {}
 
 Arena::~Arena() {
-  if (base_ != nullptr) munmap(base_, static_cast<std::size_t>(capacity_));
+  if (owner_) munmap(base_, static_cast<std::size_t>(capacity_));
 }
 
 void* Arena::allocate_bytes(std::int64_t bytes) {

@@ -20,6 +20,8 @@ class Arena {
   static Arena counting(std::string name);
   /// Reserves `capacity` bytes of zeroed memory.
   Arena(std::string name, std::int64_t capacity);
+  /// Hands out memory that belongs to somebody else, who outlives it; aligned to 128 bytes.
+  Arena(std::string name, void* memory, std::int64_t capacity);
   ~Arena();
   Arena(Arena&& other) noexcept;
   Arena& operator=(Arena&&) = delete;
@@ -49,6 +51,7 @@ class Arena {
   Arena(std::string name, Counting) : name_(std::move(name)), counting_(true) {}
   std::string name_;
   bool counting_ = false;
+  bool owner_ = false;
   char* base_ = nullptr;
   std::int64_t capacity_ = 0;
   std::int64_t used_ = 0;

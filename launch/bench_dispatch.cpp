@@ -5,6 +5,7 @@
 
 #include "comm/backends.hpp"
 #include "comm/token_dispatcher.hpp"
+#include "kernels/elementwise.hpp"
 #include "launch/bench.hpp"
 #include "src/base/error.hpp"
 #include "src/base/rng.hpp"
@@ -15,14 +16,16 @@ namespace {
 /// One dispatcher with a plan for T tokens of uniformly random routing, and its buffers.
 class Exchange {
  public:
-  Exchange(Session& session, const BenchOptions& options, std::int64_t tokens)
+  Exchange(Session& session, const BenchOptions& options, std::int64_t tokens, DispatchPath path)
       : session_(session),
         options_{.num_experts = options.config.model.num_experts,
                  .max_tokens = tokens,
                  .slots_per_token = options.config.model.topk,
                  .hidden_size = options.config.model.hidden_size,
                  .dtype = dtype_from_name(options.config.train.dtype)},
-        dispatcher_(make_flat_dispatcher(session.comm(), options_)),
+        dispatcher_(make_dispatcher(session.comm(), options_, path)),
+        row_memory_(dispatcher_->make_row_memory(dispatcher_->max_recv_rows() * row_bytes() + 4096 +
+                                                 kWgradRowPadding * row_bytes())),
         arena_("bench", std::int64_t{1} << 33) {
     const std::int64_t h = options_.hidden_size;
     const std::int64_t k = options_.slots_per_token;
@@ -30,7 +33,9 @@ class Exchange {
     plan_ = dispatcher_->make_plan_storage(arena_);
     expert_of_slot_ = arena_.allocate(DType::i32, tokens, k);
     tokens_ = arena_.allocate(options_.dtype, tokens, h);
-    rows_ = arena_.allocate(options_.dtype, most, h);
+    rows_ = row_memory_.allocate(options_.dtype, most + kWgradRowPadding, h);
+    out_ = arena_.allocate(options_.dtype, tokens, h);
+    weight_ = arena_.allocate(accumulate_dtype(options_.dtype), tokens, k);
     packed_ = arena_.allocate(options_.dtype, tokens * k, h);
     back_ = arena_.allocate(options_.dtype, tokens * k, h);
     sorted_ = arena_.allocate(options_.dtype, most, h);
@@ -46,10 +51,13 @@ class Exchange {
     Stream& stream = session_.stream();
     stream.wait(dispatcher_->dispatch(stream, plan_, tokens_, {}, received(), {}));
   }
+  /// With the weighted sum over choices, which takes rows from where the dispatcher has them.
   void combine() {
     Stream& stream = session_.stream();
-    SlotRows slot_rows{.rows = slots_};
+    SlotRows slot_rows;
     stream.wait(dispatcher_->combine(stream, plan_, received(), {}, slot_rows));
+    sum(slot_rows.rows.data());
+    dispatcher_->finish_combine();
   }
   /// The library's exchange of the same rows, there and back.
   void library_dispatch() {
@@ -97,6 +105,10 @@ class Exchange {
     for (std::int64_t row = 0; row < plan_.num_send_rows; ++row) {
       copy_row(packed_, plan_.slot_of_row[static_cast<std::size_t>(row)], back_, row);
     }
+    for (std::size_t slot = 0; slot < slots_.size(); ++slot) {
+      slots_[slot] = packed_.row_range(static_cast<std::int64_t>(slot), 1).data;
+    }
+    sum(slots_.data());
   }
 
   /// Bytes that this rank sends, and those of them that leave it.
@@ -125,6 +137,12 @@ class Exchange {
   std::int64_t row_bytes() const {
     return options_.hidden_size * static_cast<std::int64_t>(size_of(options_.dtype));
   }
+  void sum(const void* const* slot_rows) {
+    weighted_sum(session_.stream(), {.out = out_,
+                                     .slot_rows = slot_rows,
+                                     .weight = weight_,
+                                     .slots_per_token = options_.slots_per_token});
+  }
   TensorView received() const { return rows_.row_range(0, plan_.num_recv_rows); }
   void copy_row(TensorView to, std::int64_t to_row, TensorView from, std::int64_t from_row) const {
     std::memcpy(to.row_range(to_row, 1).data, from.row_range(from_row, 1).data,
@@ -134,9 +152,10 @@ class Exchange {
   Session& session_;
   DispatcherOptions options_;
   std::unique_ptr<TokenDispatcher> dispatcher_;
+  Arena row_memory_;
   Arena arena_;
   DispatchPlan plan_;
-  TensorView expert_of_slot_, tokens_, rows_, packed_, back_, sorted_;
+  TensorView expert_of_slot_, tokens_, rows_, packed_, back_, sorted_, out_, weight_;
   std::vector<const void*> slots_;
 };
 
@@ -149,28 +168,40 @@ void print_row(std::int64_t tokens, const char* what, const Samples& samples, do
   fmt::print("\n");
 }
 
-void bench_tokens(Session& session, const BenchOptions& options, std::int64_t tokens) {
-  Exchange exchange(session, options, tokens);
+void bench_tokens(Session& session, const BenchOptions& options, std::int64_t tokens,
+                  DispatchPath path) {
+  Exchange exchange(session, options, tokens, path);
   const double ranks = session.comm().size();
   const double bytes = sum_over_ranks(session, exchange.sent_bytes()) / ranks;
   const double remote = sum_over_ranks(session, exchange.remote_bytes()) / ranks;
   const auto run = [&](const std::function<void()>& fn) {
     return measure(session, session.stream(), options.repeats, fn);
   };
-  const auto report = [&](const char* what, const Samples& samples, bool moves_rows,
+  const auto report = [&](const char* what, const Samples& samples, int ways,
                           double reference_ms = 0) {
     if (!session.is_root()) return;
-    print_row(tokens, what, samples, moves_rows ? bytes / samples.median() / 1e6 : 0,
-              remote / samples.median() / 1e6, reference_ms);
+    print_row(tokens, what, samples, ways * bytes / samples.median() / 1e6,
+              ways * remote / samples.median() / 1e6, reference_ms);
   };
-  const Samples reference_there = run([&] { exchange.reference_dispatch(); });
-  const Samples reference_back = run([&] { exchange.reference_combine(); });
-  report("plan and counts", run([&] { exchange.make_plan(); }), false);
-  report("dispatch", run([&] { exchange.dispatch(); }), true, reference_there.median());
-  report("combine", run([&] { exchange.combine(); }), true, reference_back.median());
-  report("permute + MPI_Alltoallv + unpermute", reference_there, true);
-  report("the same back", reference_back, true);
-  report("MPI_Alltoallv alone", run([&] { exchange.library_dispatch(); }), true);
+  const Samples there = run([&] { exchange.reference_dispatch(); });
+  const Samples back = run([&] { exchange.reference_combine(); });
+  const Samples both = run([&] {
+    exchange.reference_dispatch();
+    exchange.reference_combine();
+  });
+  report("plan and counts", run([&] { exchange.make_plan(); }), 0);
+  report("dispatch", run([&] { exchange.dispatch(); }), 1, there.median());
+  report("combine and weighted sum", run([&] { exchange.combine(); }), 1, back.median());
+  report("both", run([&] {
+           exchange.dispatch();
+           exchange.combine();
+         }),
+         2, both.median());
+  if (path != DispatchPath::flat) return;
+  report("permute + MPI_Alltoallv + unpermute", there, 1);
+  report("the same back and weighted sum", back, 1);
+  report("both", both, 2);
+  report("MPI_Alltoallv alone", run([&] { exchange.library_dispatch(); }), 1);
 }
 
 }  // namespace
@@ -191,8 +222,16 @@ ExitCode bench_dispatch(Session& session, const BenchOptions& options) {
                "least", "most", "algbw", "busbw", "x library");
   }
   const std::int64_t full = options.config.train.micro_batch_seqs * options.config.train.seq_len;
+  const DispatchPath path = dispatch_path_from_name(options.config.parallel.dispatch);
   for (const std::int64_t tokens : {full / 8, full, full * 8}) {
-    if (tokens > 0) bench_tokens(session, options, tokens);
+    if (tokens == 0) continue;
+    if (path != DispatchPath::flat) {
+      if (session.is_root()) fmt::print("through shared memory where the ranks have it:\n");
+      bench_tokens(session, options, tokens, path);
+    }
+    if (path == DispatchPath::shared) continue;
+    if (session.is_root()) fmt::print("one message per peer:\n");
+    bench_tokens(session, options, tokens, DispatchPath::flat);
   }
   return ExitCode::ok;
 }

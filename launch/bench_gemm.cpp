@@ -4,6 +4,7 @@
 #include <cmath>
 #include <vector>
 
+#include "kernels/arena.hpp"
 #include "kernels/ffn.hpp"
 #include "kernels/peak.hpp"
 #include "launch/bench.hpp"

@@ -344,6 +344,9 @@ Section parallel_section() {
               "ranks that jointly hold one copy of all experts; \"auto\" = as many as fit",
               auto_or_positive()),
        option("comm", &C::comm, "library that moves rows", one_of({"auto", "nccl", "mpi"})),
+       option("dispatch", &C::dispatch,
+              "how tokens reach experts: through memory that a node's ranks share, or messages",
+              one_of({"auto", "flat", "shared"})),
        option(
            "threads", &C::threads,
            "CPU threads per rank; 0 = OMP_NUM_THREADS, else the node's cores shared by its ranks",

@@ -33,7 +33,8 @@ TrainerOptions trainer_options(const Config& config, const ModelConfig& model) {
           .train = config.train,
           .groups = config.groups,
           .seed = config.run.seed,
-          .reproducible = config.run.reproducible};
+          .reproducible = config.run.reproducible,
+          .dispatch_path = dispatch_path_from_name(config.parallel.dispatch)};
 }
 
 ModelConfig resolve_model(const Config& config, const TokenDataset* dataset) {

@@ -72,15 +72,16 @@ void Block::allocate_second_half(Arena& arena, std::int64_t num_tokens, DType co
   if (moe_) moe_->allocate_tokens(arena, num_tokens, compute, saved.moe);
 }
 
-void Block::count_round(Arena& saved, Arena& scratch, std::int64_t num_tokens, std::int64_t rows,
-                        std::int64_t padded, DType compute, bool training) const {
+void Block::count_round(Arena& saved, Arena& scratch, Arena& row_memory, std::int64_t num_tokens,
+                        std::int64_t rows, std::int64_t padded, DType compute,
+                        bool training) const {
   const DType acc = accumulate_dtype(compute);
   const std::int64_t h = model_.hidden_size;
   const std::int64_t tokens = padded_rows(num_tokens) + kWgradRowPadding;
   if (moe_) {
     Saved dummy;
     if (stream_) allocate_second_half(saved, num_tokens, compute, dummy);
-    moe_->allocate_rows(saved, rows, padded, compute, dummy.moe);
+    moe_->allocate_rows(saved, row_memory, rows, padded, compute, dummy.moe);
   }
   const ArenaScope scope(scratch);
   scratch.allocate(acc, tokens, 4 * h + 2 * attention_.qkv_size() + 64);
@@ -88,7 +89,7 @@ void Block::count_round(Arena& saved, Arena& scratch, std::int64_t num_tokens, s
     scratch.allocate(compute, tokens, ffn_row_stride(h) + ffn_row_stride(2 * model_.dense_ff_size));
   }
   if (moe_ && training) {
-    moe_->allocate_backward_scratch(scratch, num_tokens, rows, padded, compute);
+    moe_->allocate_backward_scratch(scratch, row_memory, num_tokens, rows, padded, compute);
   }
   if (moe_ && !training) scratch.allocate(acc, tokens, 2 * h + 64);
   if (moe_) moe_->allocate_forward_scratch(scratch, num_tokens, compute);

@@ -34,8 +34,8 @@ class Block {
                      Saved& saved) const;
   void allocate_rest(Arena& arena, std::int64_t num_tokens, DType compute, Saved& saved) const;
   /// Adds up what a round needs besides: rows of the MoE layer, scratch of the backward pass.
-  void count_round(Arena& saved, Arena& scratch, std::int64_t num_tokens, std::int64_t rows,
-                   std::int64_t padded, DType compute, bool training) const;
+  void count_round(Arena& saved, Arena& scratch, Arena& row_memory, std::int64_t num_tokens,
+                   std::int64_t rows, std::int64_t padded, DType compute, bool training) const;
 
   /// out [T, H] from x [T, H].
   void forward(PassContext& ctx, const ParamStore& params, TokenDispatcher& dispatcher,

@@ -59,14 +59,14 @@ void MoeLayer::allocate_tokens(Arena& arena, std::int64_t num_tokens, DType comp
   }
 }
 
-void MoeLayer::allocate_rows(Arena& arena, std::int64_t rows, std::int64_t padded, DType compute,
-                             Saved& saved) const {
+void MoeLayer::allocate_rows(Arena& arena, Arena& row_memory, std::int64_t rows,
+                             std::int64_t padded, DType compute, Saved& saved) const {
   const std::int64_t h = model_.hidden_size;
   const std::int64_t f = shape_.ff_size;
-  saved.x = arena.allocate(compute, rows + kWgradRowPadding, h).row_range(0, rows);
+  saved.x = row_memory.allocate(compute, rows + kWgradRowPadding, h).row_range(0, rows);
+  saved.y = row_memory.allocate(compute, rows, h);
   saved.gate_up = arena.allocate(compute, padded, 2 * f, ffn_row_stride(2 * f));
   saved.act = arena.allocate(compute, padded, f, ffn_row_stride(f));
-  saved.y = arena.allocate(compute, rows, h);
 }
 
 FfnWeights MoeLayer::expert_weights(const ParamStore& params) const {
@@ -96,7 +96,8 @@ void MoeLayer::forward(PassContext& ctx, const ParamStore& params, TokenDispatch
                          gate_.rows_per_expert(ctx, saved.routing));
     ctx.stats.recv_rows[static_cast<std::size_t>(ctx.layer)] = saved.plan.num_recv_rows;
   }
-  allocate_rows(ctx.saved, saved.plan.num_recv_rows, saved.plan.num_padded_rows, h.dtype, saved);
+  allocate_rows(ctx.saved, ctx.rows, saved.plan.num_recv_rows, saved.plan.num_padded_rows, h.dtype,
+                saved);
   ctx.beat("dispatch");
   const Event arrived = dispatcher.dispatch(ctx.stream, saved.plan, h, {}, saved.x, {});
   ctx.stream.poll_between_tasks(arrived);
@@ -124,6 +125,7 @@ void MoeLayer::forward(PassContext& ctx, const ParamStore& params, TokenDispatch
                             .slots_per_token = gate_.num_slots(),
                             .addend1 = shared_ ? shared_out : ConstTensorView(residual),
                             .addend2 = shared_ ? ConstTensorView(residual) : ConstTensorView()});
+  dispatcher.finish_combine();
 }
 
 void MoeLayer::backward_shared(PassContext& ctx, const ParamStore& params, TensorView dh,
@@ -170,6 +172,7 @@ void MoeLayer::backward(PassContext& ctx, const ParamStore& params, TokenDispatc
                         TensorView dh, ConstTensorView dout, ConstTensorView h,
                         const Saved& saved) const {
   const ArenaScope scope(ctx.scratch);
+  const ArenaScope rows_scope(ctx.rows);
   const DType compute = h.dtype;
   const DType acc = accumulate_dtype(compute);
   const std::int64_t rows = saved.plan.num_recv_rows;
@@ -177,8 +180,8 @@ void MoeLayer::backward(PassContext& ctx, const ParamStore& params, TokenDispatc
   const std::int64_t hidden = model_.hidden_size;
   // dispatch clears the rows behind the last one, as in the forward pass.
   const TensorView dout_rows =
-      ctx.scratch.allocate(compute, rows + kWgradRowPadding, hidden).row_range(0, rows);
-  const TensorView row_weight = ctx.scratch.allocate(acc, 1, rows);
+      ctx.rows.allocate(compute, rows + kWgradRowPadding, hidden).row_range(0, rows);
+  const TensorView row_weight = ctx.rows.allocate(acc, 1, rows);
   ctx.beat("dispatch of gradients");
   const Event arrived = dispatcher.dispatch(ctx.stream, saved.plan, dout, saved.routing.weight,
                                             dout_rows, row_weight);
@@ -191,8 +194,8 @@ void MoeLayer::backward(PassContext& ctx, const ParamStore& params, TokenDispatc
   ctx.stream.wait(arrived);
 
   const std::int64_t f = shape_.ff_size;
-  const TensorView dx = ctx.scratch.allocate(compute, rows, hidden);
-  const TensorView drow_weight = ctx.scratch.allocate(acc, 1, rows);
+  const TensorView dx = ctx.rows.allocate(compute, rows, hidden);
+  const TensorView drow_weight = ctx.rows.allocate(acc, 1, rows);
   const TensorView dy = ctx.scratch.allocate(compute, padded, hidden, ffn_row_stride(hidden));
   const TensorView dgate_up = ctx.scratch.allocate(compute, padded, 2 * f, ffn_row_stride(2 * f));
   ffn_backward(ctx.stream, {.dx = dx,
@@ -219,16 +222,20 @@ void MoeLayer::backward(PassContext& ctx, const ParamStore& params, TokenDispatc
                             .slots_per_token = gate_.num_slots(),
                             .addend1 = dgate,
                             .addend2 = shared_ ? ConstTensorView(dh_shared) : ConstTensorView()});
+  dispatcher.finish_combine();
 }
 
-void MoeLayer::allocate_backward_scratch(Arena& arena, std::int64_t num_tokens, std::int64_t rows,
-                                         std::int64_t padded, DType compute) const {
+void MoeLayer::allocate_backward_scratch(Arena& arena, Arena& row_memory, std::int64_t num_tokens,
+                                         std::int64_t rows, std::int64_t padded,
+                                         DType compute) const {
   const ArenaScope scope(arena);
+  const ArenaScope rows_scope(row_memory);
   const DType acc = accumulate_dtype(compute);
   const std::int64_t h = model_.hidden_size;
   const std::int64_t f = shape_.ff_size;
-  arena.allocate(compute, 2 * rows + kWgradRowPadding, h);
-  arena.allocate(acc, 2, rows);
+  row_memory.allocate(compute, 2 * rows + kWgradRowPadding, h);
+  row_memory.allocate(acc, 2, rows);
+  row_memory.allocate_bytes(1 << 10);  // rounding of the four pieces to the arena's alignment
   arena.allocate(compute, padded, ffn_row_stride(h));
   arena.allocate(compute, padded, ffn_row_stride(2 * f));
   // The gate, the shared expert and its gate on tokens.

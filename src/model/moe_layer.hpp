@@ -34,8 +34,8 @@ class MoeLayer {
                         Saved& saved) const;
   /// What depends on tokens, then on rows received (known once the plan is made).
   void allocate_tokens(Arena& arena, std::int64_t num_tokens, DType compute, Saved& saved) const;
-  void allocate_rows(Arena& arena, std::int64_t rows, std::int64_t padded, DType compute,
-                     Saved& saved) const;
+  void allocate_rows(Arena& arena, Arena& row_memory, std::int64_t rows, std::int64_t padded,
+                     DType compute, Saved& saved) const;
   /// Only the first `num_tokens` tokens are there, in all that follows.
   void keep_tokens(std::int64_t num_tokens, Saved& saved) const {
     saved.routing = saved.routing.first_tokens(num_tokens);
@@ -44,12 +44,12 @@ class MoeLayer {
   void allocate_forward_scratch(Arena& arena, std::int64_t num_tokens, DType compute) const {
     gate_.allocate_scratch(arena, num_tokens, compute);
   }
-  void allocate_backward_scratch(Arena& arena, std::int64_t num_tokens, std::int64_t rows,
-                                 std::int64_t padded, DType compute) const;
+  void allocate_backward_scratch(Arena& arena, Arena& row_memory, std::int64_t num_tokens,
+                                 std::int64_t rows, std::int64_t padded, DType compute) const;
 
-  /// out = sum_j w_j y_j + shared + residual (empty: without), h [T, H] the normed input with 32 readable rows
-  /// behind it. Allocates the rows part of `saved` from ctx.saved. `replay`: see Gate::forward; the
-  /// plan is used again.
+  /// out = sum_j w_j y_j + shared + residual (empty: without), h [T, H] the normed input with 32
+  /// readable rows behind it. Allocates the rows part of `saved` from ctx.saved. `replay`: see
+  /// Gate::forward; the plan is used again.
   void forward(PassContext& ctx, const ParamStore& params, TokenDispatcher& dispatcher,
                TensorView out, ConstTensorView h, ConstTensorView residual, Saved& saved,
                bool replay) const;

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "comm/process_groups.hpp"
+#include "kernels/arena.hpp"
 #include "kernels/gradient.hpp"
 #include "src/base/state.hpp"
 

@@ -23,8 +23,8 @@ struct MicroBatch {
   ConstTensorView ids;                             ///< [1, T] i32
   /// [1, T] i32 places in the micro-batch of which these are some tokens; empty: all of them.
   ConstTensorView token_idx;
-  ConstTensorView targets;                         ///< [1, T] i32, -1 = none
-  ConstTensorView position;                        ///< [1, T] i32, inside the sequence
+  ConstTensorView targets;    ///< [1, T] i32, -1 = none
+  ConstTensorView position;   ///< [1, T] i32, inside the sequence
   ConstTensorView first_key;  ///< [1, T] i32, first position that may be attended to
   double loss_scale = 0;      ///< 1 / target tokens of the whole step
   double weight = 0;          ///< T_m / sum T, for auxiliary losses
@@ -89,6 +89,7 @@ struct PassContext {
   Stream& stream;
   Arena& saved;    ///< lives until the round's backward pass has used it
   Arena& scratch;  ///< lives inside one layer call
+  Arena& rows;     ///< the dispatcher's row memory, used like `saved`
   const MicroBatch& batch;
   MicroBatchStats& stats;
   bool training = true;
@@ -102,12 +103,21 @@ struct PassContext {
 
   /// The same for another micro-batch.
   PassContext with(const MicroBatch& other) const {
-    return {stream, saved, scratch, other, stats,    training,  seed,
-            balance, step, layer,   observer, heartbeat};
+    return {stream, saved,   scratch, rows,  other,    stats,    training,
+            seed,   balance, step,    layer, observer, heartbeat};
   }
   void beat(const char* what) const {
     if (heartbeat != nullptr && *heartbeat) (*heartbeat)(layer, what);
   }
+};
+
+/// Where the memory that outlives a layer call stands.
+class RoundScope {
+ public:
+  explicit RoundScope(PassContext& ctx) : saved_(ctx.saved), rows_(ctx.rows) {}
+
+ private:
+  ArenaScope saved_, rows_;
 };
 
 /// [rows, cols] with zeroed rows behind it up to a multiple of 32, plus `extra_rows`: what a weight

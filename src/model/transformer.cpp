@@ -133,7 +133,7 @@ void Transformer::train(PassContext& ctx, const ParamStore& params, TokenDispatc
                         Workspace& workspace, bool recompute) const {
   const std::int64_t tokens = ctx.batch.num_tokens();
   const DType compute = params.compute_dtype();
-  const ArenaScope saved_scope(ctx.saved);
+  const RoundScope round(ctx);
   auto& [inputs, saved] = workspace;
   inputs[0] = embed(ctx, params);
   for (std::size_t l = 0; l < blocks_.size(); ++l) {
@@ -141,9 +141,12 @@ void Transformer::train(PassContext& ctx, const ParamStore& params, TokenDispatc
     inputs[l + 1] = allocate_padded(ctx.saved, compute, tokens, model_.hidden_size);
     blocks_[l].allocate_kept(ctx.saved, tokens, dispatcher, saved[l]);
     const Arena::Mark kept = ctx.saved.mark();
+    const Arena::Mark rows = ctx.rows.mark();
     blocks_[l].allocate_rest(ctx.saved, tokens, compute, saved[l]);
     blocks_[l].forward(ctx, params, dispatcher, inputs[l + 1], inputs[l], saved[l], false);
-    if (recompute) ctx.saved.release(kept);
+    if (!recompute) continue;
+    ctx.saved.release(kept);
+    ctx.rows.release(rows);
   }
   TensorView inv_rms;
   const ConstTensorView x = inputs.back();
@@ -160,7 +163,7 @@ void Transformer::train(PassContext& ctx, const ParamStore& params, TokenDispatc
                                 .micro_batch = ctx.batch.number});
   for (std::size_t l = blocks_.size(); l-- > 0;) {
     ctx.layer = static_cast<std::int64_t>(l);
-    const ArenaScope again(ctx.saved);
+    const RoundScope again(ctx);
     if (recompute) {
       blocks_[l].allocate_rest(ctx.saved, tokens, compute, saved[l]);
       const TensorView out = ctx.saved.allocate(compute, tokens, model_.hidden_size);
@@ -183,13 +186,13 @@ void Transformer::train(PassContext& ctx, const ParamStore& params, TokenDispatc
 
 void Transformer::evaluate(PassContext& ctx, const ParamStore& params, TokenDispatcher& dispatcher,
                            TensorView token_loss) const {
-  const ArenaScope scope(ctx.saved);
+  const RoundScope scope(ctx);
   const std::int64_t tokens = ctx.batch.num_tokens();
   TensorView x = embed(ctx, params);
   TensorView next = allocate_padded(ctx.saved, params.compute_dtype(), tokens, model_.hidden_size);
   for (std::size_t l = 0; l < blocks_.size(); ++l) {
     ctx.layer = static_cast<std::int64_t>(l);
-    const ArenaScope layer(ctx.saved);
+    const RoundScope layer(ctx);
     Block::Saved saved;
     blocks_[l].allocate_kept(ctx.saved, tokens, dispatcher, saved);
     blocks_[l].allocate_rest(ctx.saved, tokens, params.compute_dtype(), saved);
@@ -203,12 +206,12 @@ void Transformer::evaluate(PassContext& ctx, const ParamStore& params, TokenDisp
 
 void Transformer::decode(PassContext& ctx, const ParamStore& params, TokenDispatcher& dispatcher,
                          std::vector<KvCache>& caches, TensorView logits) const {
-  const ArenaScope scope(ctx.saved);
+  const RoundScope scope(ctx);
   TensorView x = embed(ctx, params);
   TensorView next = allocate_padded(ctx.saved, x.dtype, x.rows, x.cols);
   for (std::size_t l = 0; l < blocks_.size(); ++l) {
     ctx.layer = static_cast<std::int64_t>(l);
-    const ArenaScope layer(ctx.saved);
+    const RoundScope layer(ctx);
     blocks_[l].decode(ctx, params, dispatcher, next, x, caches[l]);
     std::swap(x, next);
   }
@@ -234,6 +237,7 @@ RoundMemory Transformer::count_round(std::int64_t num_tokens, std::int64_t rows,
                                      DType compute, bool training, bool recompute) const {
   Arena saved = Arena::counting("saved activations");
   Arena scratch = Arena::counting("scratch");
+  Arena row_memory = Arena::counting("received rows");
   const std::int64_t h = model_.hidden_size;
   const DType acc = accumulate_dtype(compute);
   if (!training) saved.allocate(acc, 1, num_tokens);  // the caller's token losses
@@ -246,11 +250,13 @@ RoundMemory Transformer::count_round(std::int64_t num_tokens, std::int64_t rows,
     const Arena::Mark before = saved.mark();
     block.allocate_kept(saved, num_tokens, dispatcher, dummy);
     const Arena::Mark kept = saved.mark();
+    const Arena::Mark kept_rows = row_memory.mark();
     block.allocate_rest(saved, num_tokens, compute, dummy);
-    block.count_round(saved, scratch, num_tokens, rows, padded, compute, training);
+    block.count_round(saved, scratch, row_memory, num_tokens, rows, padded, compute, training);
     transient = std::max(transient, saved.used() - (training ? kept : before).used);
     if (!training) saved.release(before);
     if (training && recompute) saved.release(kept);
+    if (!training || recompute) row_memory.release(kept_rows);
   }
   const std::int64_t tail_begin = saved.used();
   allocate_padded(saved, compute, num_tokens, 3 * h);
@@ -261,7 +267,7 @@ RoundMemory Transformer::count_round(std::int64_t num_tokens, std::int64_t rows,
   const std::int64_t chunk = std::min(head_chunk_rows(), std::max<std::int64_t>(1, num_tokens));
   scratch.allocate(acc, chunk + padded_rows(chunk), model_.vocab_size);
   scratch.allocate(DType::i32, 1, model_.vocab_size + 1 + num_tokens);
-  return {saved.peak(), scratch.peak() + (1 << 16)};
+  return {saved.peak(), scratch.peak() + (1 << 16), row_memory.peak()};
 }
 
 std::vector<GemmShape> Transformer::gemm_shapes(std::int64_t max_tokens,

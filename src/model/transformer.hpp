@@ -11,6 +11,7 @@ namespace arcus {
 struct RoundMemory {
   std::int64_t saved_bytes = 0;
   std::int64_t scratch_bytes = 0;
+  std::int64_t row_bytes = 0;
 };
 
 /// The language model: embedding, blocks, final norm, head, loss. T tokens, H hidden, V vocabulary.

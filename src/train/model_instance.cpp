@@ -90,8 +90,9 @@ ModelInstance::ModelInstance(ProcessGroups groups, Stream& stream, const Instanc
   params_ =
       std::make_unique<ParamStore>(registry_, options.compute, options.sum_dtype, options.training);
   params_->set_num_micro_batches(options.num_micro_batches);
-  dispatcher_ = make_flat_dispatcher(*groups_.ep, dispatcher_options(options));
+  dispatcher_ = make_dispatcher(*groups_.ep, dispatcher_options(options), options.dispatch_path);
   const RoundMemory most = round_memory(true);
+  rows_ = std::make_unique<Arena>(dispatcher_->make_row_memory(most.row_bytes));
   saved_ = std::make_unique<Arena>("saved activations", most.saved_bytes);
   scratch_ = std::make_unique<Arena>("scratch", most.scratch_bytes);
   for (const FlatId flat : kFlatIds) {
@@ -104,6 +105,7 @@ PassContext ModelInstance::pass(const MicroBatch& batch, MicroBatchStats& stats)
   return {.stream = *stream_,
           .saved = *saved_,
           .scratch = *scratch_,
+          .rows = *rows_,
           .batch = batch,
           .stats = stats,
           .seed = options_.seed,
@@ -157,6 +159,7 @@ RoundMemory ModelInstance::round_memory(bool worst) const {
                                                        options_.compute, false, false);
     memory.saved_bytes = std::max(memory.saved_bytes, eval.saved_bytes);
     memory.scratch_bytes = std::max(memory.scratch_bytes, eval.scratch_bytes);
+    memory.row_bytes = std::max(memory.row_bytes, eval.row_bytes);
   }
   return memory;
 }
@@ -197,6 +200,7 @@ std::vector<ByteRow> ModelInstance::byte_rows() const {
   }
   rows.push_back({"saved activations", balanced.saved_bytes, worst.saved_bytes});
   rows.push_back({"scratch", balanced.scratch_bytes, worst.scratch_bytes});
+  rows.push_back({"received rows", balanced.row_bytes, worst.row_bytes});
   if (options_.training && balance_.bytes() > (1 << 20)) {
     rows.push_back({"scores for balancing", balance_.bytes(), balance_.bytes()});
   }

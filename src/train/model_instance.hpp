@@ -26,6 +26,7 @@ struct InstanceOptions {
   std::uint64_t seed = 1;
   double weight_decay = 0;
   std::vector<ParamGroupConfig> groups;
+  DispatchPath dispatch_path = DispatchPath::automatic;
 };
 
 /// Bytes of one rank by purpose: with experts evenly loaded, and the most that can happen.
@@ -51,6 +52,7 @@ class ModelInstance {
   Stream& stream() { return *stream_; }
   Arena& saved() { return *saved_; }
   Arena& scratch() { return *scratch_; }
+  Arena& rows() { return *rows_; }
   BalanceState& balance() { return balance_; }
   /// For a pass over `batch`: this rank's memory, seed and balancing state.
   PassContext pass(const MicroBatch& batch, MicroBatchStats& stats);
@@ -94,7 +96,7 @@ class ModelInstance {
   std::unique_ptr<Transformer> transformer_;
   std::unique_ptr<ParamStore> params_;
   std::unique_ptr<TokenDispatcher> dispatcher_;
-  std::unique_ptr<Arena> saved_, scratch_;
+  std::unique_ptr<Arena> rows_, saved_, scratch_;
   std::vector<std::unique_ptr<Arena>> staging_;
   std::array<FlatShards, 3> shards_;
 };

@@ -23,7 +23,8 @@ InstanceOptions instance_options(const TrainerOptions& o) {
           .num_micro_batches = o.train.global_batch_seqs / o.train.micro_batch_seqs,
           .seed = o.seed,
           .weight_decay = o.train.weight_decay,
-          .groups = o.groups};
+          .groups = o.groups,
+          .dispatch_path = o.dispatch_path};
 }
 
 Trainer::Trainer(ModelInstance& instance, const TrainerOptions& options)

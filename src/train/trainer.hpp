@@ -23,6 +23,7 @@ struct TrainerOptions {
   std::vector<ParamGroupConfig> groups;
   std::uint64_t seed = 1;
   bool reproducible = true;
+  DispatchPath dispatch_path = DispatchPath::automatic;
 };
 /// Options of the instance that trains them.
 InstanceOptions instance_options(const TrainerOptions& options);

@@ -126,20 +126,25 @@ inline int noise(std::int64_t a, std::int64_t b, std::int64_t c) {
          8;
 }
 
-/// A matrix of exactly representable integers with `spare` rows of rubbish behind it.
+/// A matrix of exactly representable integers with `spare` rows of rubbish behind it; in `memory`,
+/// or in its own.
 template <class T>
 class Rows {
  public:
-  Rows(std::int64_t rows, std::int64_t cols, std::int64_t spare = 0, std::int64_t extra_cols = 0)
-      : rows_(rows),
-        cols_(cols),
-        stride_(cols + extra_cols),
-        data_(static_cast<std::size_t>((rows + spare) * stride_)) {
-    if (!data_.empty()) {
-      std::memset(static_cast<void*>(data_.data()), 0xff, data_.size() * sizeof(T));
-    }
+  Rows(std::int64_t rows, std::int64_t cols, std::int64_t spare = 0, std::int64_t extra_cols = 0,
+       Arena* memory = nullptr)
+      : rows_(rows), cols_(cols), stride_(cols + extra_cols) {
+    const auto size = static_cast<std::size_t>((rows + spare) * stride_);
+    if (memory == nullptr) own_.resize(size);
+    data_ =
+        memory == nullptr
+            ? own_.data()
+            : static_cast<T*>(memory->allocate_bytes(static_cast<std::int64_t>(size * sizeof(T))));
+    if (size > 0) std::memset(static_cast<void*>(data_), 0xff, size * sizeof(T));
   }
-  TensorView view() { return {data_.data(), dtype_of<T>(), rows_, cols_, stride_}; }
+  Rows(const Rows&) = delete;
+  Rows& operator=(const Rows&) = delete;
+  TensorView view() { return {data_, dtype_of<T>(), rows_, cols_, stride_}; }
   void set(std::int64_t i, std::int64_t j, std::int64_t value) {
     data_[index(i, j)] = T(static_cast<float>(value));
   }
@@ -154,7 +159,8 @@ class Rows {
     return static_cast<std::size_t>(i * stride_ + j);
   }
   std::int64_t rows_, cols_, stride_;
-  std::vector<T> data_;
+  std::vector<T> own_;
+  T* data_ = nullptr;
 };
 
 /// One received row: where it must lie and what it is.
@@ -215,8 +221,9 @@ inline std::int64_t total(Communicator& comm, Stream& stream, std::int64_t value
 /// dispatch and combine of one round of a situation, with scalars, against the laws.
 template <class T>
 void check_round(Communicator& comm, Stream& stream, TokenDispatcher& dispatcher,
-                 DispatchPlan& plan, const Situation& s, int round) {
+                 DispatchPlan& plan, Arena& memory, const Situation& s, int round) {
   using A = Acc<T>;
+  const ArenaScope scope(memory);
   const std::int64_t hidden = s.options.hidden_size, slots = s.options.slots_per_token;
   const std::int64_t tokens = s.num_tokens(round, comm.rank());
   const std::int64_t micro_batch = s.micro_batch(round, comm.rank());
@@ -237,8 +244,8 @@ void check_round(Communicator& comm, Stream& stream, TokenDispatcher& dispatcher
       weight.set(t, k, (micro_batch * 64 + t) * 32 + k);
     }
   }
-  Rows<T> x(plan.num_recv_rows, hidden, kWgradRowPadding + 1);
-  Rows<A> row_weight(1, plan.num_recv_rows, 1, 1);
+  Rows<T> x(plan.num_recv_rows, hidden, kWgradRowPadding + 1, 0, &memory);
+  Rows<A> row_weight(1, plan.num_recv_rows, 1, 1, &memory);
   stream.wait(dispatcher.dispatch(stream, plan, a.view(), weight.view(), x.view(),
                                   {row_weight.view().data, dtype_of<A>(), 1, plan.num_recv_rows}));
 
@@ -248,8 +255,8 @@ void check_round(Communicator& comm, Stream& stream, TokenDispatcher& dispatcher
   EXPECT_EQ(plan.num_recv_rows,
             padded ? s.padded_rows_of(round, dispatcher.experts().count(comm.rank()))
                    : static_cast<std::int64_t>(expected.size()));
-  Rows<T> b(plan.num_recv_rows, hidden, kWgradRowPadding);
-  Rows<A> db(1, plan.num_recv_rows, 1, 1);
+  Rows<T> b(plan.num_recv_rows, hidden, kWgradRowPadding, 0, &memory);
+  Rows<A> db(1, plan.num_recv_rows, 1, 1, &memory);
   std::int64_t wrong = 0, left = 0;
   std::size_t next = 0;
   for (const Segment& segment : plan.segments) {
@@ -310,15 +317,19 @@ void check_round(Communicator& comm, Stream& stream, TokenDispatcher& dispatcher
              Rows<T>::to_int(row + 2) != k;
     for (std::int64_t h = 0; h < hidden; ++h) right += a.get(t, h) * Rows<T>::to_int(row + h);
   }
+  dispatcher.finish_combine();
   EXPECT_EQ(wrong, 0) << "rows on return";
   EXPECT_EQ(total(comm, stream, left), total(comm, stream, right)) << "dispatch and combine^T";
 }
 
 /// Rows alone, on the same plan: the scalars are optional.
 template <class T>
-void check_without_scalars(Stream& stream, TokenDispatcher& dispatcher, const DispatchPlan& plan) {
+void check_without_scalars(Stream& stream, TokenDispatcher& dispatcher, const DispatchPlan& plan,
+                           Arena& memory) {
+  const ArenaScope scope(memory);
   const std::int64_t hidden = dispatcher.options().hidden_size;
-  Rows<T> a(plan.num_tokens, hidden), x(plan.num_recv_rows, hidden, kWgradRowPadding);
+  Rows<T> a(plan.num_tokens, hidden);
+  Rows<T> x(plan.num_recv_rows, hidden, kWgradRowPadding, 0, &memory);
   for (std::int64_t t = 0; t < plan.num_tokens; ++t) {
     for (std::int64_t h = 0; h < hidden; ++h) a.set(t, h, t + h);
   }
@@ -332,27 +343,30 @@ void check_without_scalars(Stream& stream, TokenDispatcher& dispatcher, const Di
     wrong += std::memcmp(back.rows[slot], static_cast<const T*>(a.view().data) + token * hidden,
                          static_cast<std::size_t>(hidden) * sizeof(T)) != 0;
   }
+  dispatcher.finish_combine();
   EXPECT_EQ(wrong, 0) << "there and back";
 }
 
-inline void check_situation(Communicator& comm, int seed) {
+inline void check_situation(Communicator& comm, int seed, DispatchPath path) {
   const Situation s = Situation::draw(seed, comm.size());
   Stream stream(1 + seed % 2);
-  const auto dispatcher = make_flat_dispatcher(comm, s.options);
+  const auto dispatcher = make_dispatcher(comm, s.options, path);
+  Arena memory = dispatcher->make_row_memory(std::int64_t{1} << 23);
   Arena arena("plan", std::int64_t{1} << 20);
   DispatchPlan plan = dispatcher->make_plan_storage(arena);
   dispatch_compute(s.options.dtype, [&]<class T>() {
     for (int round = 0; round < s.num_rounds; ++round) {
-      check_round<T>(comm, stream, *dispatcher, plan, s, round);
-      check_without_scalars<T>(stream, *dispatcher, plan);
+      check_round<T>(comm, stream, *dispatcher, plan, memory, s, round);
+      check_without_scalars<T>(stream, *dispatcher, plan, memory);
     }
   });
 }
 
-inline void check_situations(Communicator& comm, int num_seeds) {
+inline void check_situations(Communicator& comm, int num_seeds,
+                             DispatchPath path = DispatchPath::flat) {
   for (int seed = 0; seed < num_seeds; ++seed) {
     SCOPED_TRACE(fmt::format("seed {} rank {}", seed, comm.rank()));
-    check_situation(comm, seed);
+    check_situation(comm, seed, path);
   }
 }
 

@@ -12,9 +12,58 @@ INSTANTIATE_TEST_SUITE_P(Ranks, Dispatch, testing::Values(1, 2, 3, 4, 7));
 TEST_P(Dispatch, LawsOver200Routings) {
   run_on_threads(GetParam(), {}, [](Communicator& comm) { laws::check_situations(comm, 200); });
 }
+TEST_P(Dispatch, LawsThroughSharedMemory) {
+  const DispatchPath path = GetParam() > 1 ? DispatchPath::shared : DispatchPath::automatic;
+  run_on_threads(GetParam(), {},
+                 [=](Communicator& comm) { laws::check_situations(comm, 200, path); });
+}
 TEST_P(Dispatch, LawsWhenChecked) {
   run_on_threads(GetParam(), {.checked = true},
                  [](Communicator& comm) { laws::check_situations(comm, 20); });
+}
+
+// Ranks that wait for a flag of one that has failed end with its message.
+TEST(SharedDispatch, NobodyWaitsForAFailedRank) {
+  for (const int failing : {0, 1, 2}) {
+    try {
+      run_on_threads(3, {}, [=](Communicator& comm) {
+        Stream stream(1);
+        const auto dispatcher = make_dispatcher(
+            comm, {.num_experts = 3, .max_tokens = 2, .slots_per_token = 1, .hidden_size = 4},
+            DispatchPath::shared);
+        Arena memory = dispatcher->make_row_memory(1 << 16);
+        Arena arena("plan", std::int64_t{1} << 16);
+        auto plan = dispatcher->make_plan_storage(arena);
+        std::vector<std::int32_t> experts = {1, 2};
+        dispatcher->make_plan(stream, {experts.data(), DType::i32, 2, 1}, comm.rank(), {}, plan);
+        if (comm.rank() == failing) ARCUS_FAIL(ExitCode::data, "rank {} gives up", failing);
+        laws::check_without_scalars<float>(stream, *dispatcher, plan, memory);
+      });
+      ADD_FAILURE() << "nothing was thrown";
+    } catch (const Error& error) {
+      EXPECT_EQ(std::string(error.what()), fmt::format("rank {} gives up", failing));
+    }
+  }
+}
+
+TEST(SharedDispatch, RowsElsewhereAreRefused) {
+  EXPECT_THROW(
+      run_on_threads(
+          2, {},
+          [](Communicator& comm) {
+            Stream stream(1);
+            const auto dispatcher = make_dispatcher(
+                comm, {.num_experts = 2, .max_tokens = 1, .slots_per_token = 2, .hidden_size = 4},
+                DispatchPath::shared);
+            Arena memory = dispatcher->make_row_memory(1 << 16);
+            Arena other("elsewhere", 1 << 16);
+            auto plan = dispatcher->make_plan_storage(other);
+            std::vector<std::int32_t> experts = {0, 1};
+            dispatcher->make_plan(stream, {experts.data(), DType::i32, 1, 2}, comm.rank(), {},
+                                  plan);
+            laws::check_without_scalars<float>(stream, *dispatcher, plan, other);
+          }),
+      Error);
 }
 
 TEST(DispatchSelf, Laws) { laws::check_situations(*make_self_communicator(), 50); }

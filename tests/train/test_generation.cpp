@@ -135,6 +135,7 @@ TEST_P(Decoding, KvCacheAgreesWithAFullForwardPass) {
     PassContext step{.stream = stream,
                      .saved = decoder.saved(),
                      .scratch = decoder.scratch(),
+                     .rows = decoder.rows(),
                      .batch = token,
                      .stats = decode_stats,
                      .training = false,
