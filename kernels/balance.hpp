@@ -21,8 +21,8 @@ struct GateStatistics {
 };
 ARCUS_DECLARE_OP(gate_statistics, GateStatistics)
 
-/// aux = E sum_i f_i P_i over each group of consecutive tokens, averaged with the groups' shares of
-/// the T tokens. f is computed from the group's own K largest s and kept for backward, or given.
+/// aux = E sum_i f_i P_i over each group of consecutive tokens, added up with the groups' weights.
+/// f is computed from the group's own K largest s and kept for backward, or given.
 struct AuxLoss {
   double* aux = nullptr;                        ///< out, without coefficient
   TensorView fraction;                          ///< [groups, E] A: f, out unless `given`
@@ -30,17 +30,19 @@ struct AuxLoss {
   TensorView scratch;                           ///< [1, 2 * E] f64
   ConstTensorView s;                            ///< [T, E] A
   std::span<const std::int64_t> group_offsets;  ///< [groups + 1] tokens, ascending from 0 to T
+  std::span<const double> group_weights;        ///< [groups]; empty: the groups' shares of T
   std::int64_t topk = 0;
 };
 ARCUS_DECLARE_OP(aux_loss, AuxLoss)
 
-/// ds += coeff (E / T) (f - sum_n f_n s_n / R) / R for every token, f of its group, R = sum s +
-/// 1e-20.
+/// ds += coeff w (E / n) (f - sum_n f_n s_n / R) / R for every token, f, weight w and number of
+/// tokens n of its group, R = sum s + 1e-20.
 struct AuxLossBackward {
   TensorView ds;             ///< [T, E] A, in and out
   ConstTensorView s;         ///< [T, E] A
   ConstTensorView fraction;  ///< [groups, E] A
   std::span<const std::int64_t> group_offsets;
+  std::span<const double> group_weights;
   double coeff = 0;  ///< the micro-batch's weight included
 };
 ARCUS_DECLARE_OP(aux_loss_backward, AuxLossBackward)
@@ -129,13 +131,13 @@ struct ColumnMean {
 ARCUS_DECLARE_OP(column_mean, ColumnMean)
 
 /// Gradient of a decision layer's logits: dd_t = dd_chosen_i where t = index_i, else 0; to that
-/// dmean / T g_t (1 - g_t), the gradient of what was made of the mean of g.
+/// dmean / T g_t (1 - g_t) + dshift / T, the gradients of what was made of the means of g and d.
 struct DecisionBackward {
   TensorView dd;              ///< [T, 1] A
   ConstTensorView dd_chosen;  ///< [T', 1] A
   ConstTensorView index;      ///< [1, T'] i32, ascending
   ConstTensorView g;          ///< [T, 1] A
-  double dmean = 0;
+  double dmean = 0, dshift = 0;
 };
 ARCUS_DECLARE_OP(decision_backward, DecisionBackward)
 

@@ -83,7 +83,7 @@ ExitCode run_on_ranks(Session& session, const Arguments& arguments) {
   for (const std::string& name : arguments.domains) {
     if (std::ranges::find(domains, name) == domains.end()) domains.push_back(name);
   }
-  LoadedModel model = load_model(session, arguments.path, arguments.sets, 0, 0);
+  LoadedModel model = load_model(session, arguments.path, arguments.sets);
   const TokenDataset dataset = open_matching_data(session, model, arguments.data);
   session.together([&] {
     for (const std::string& name : domains) dataset.domain_idx(name);

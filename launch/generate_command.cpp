@@ -123,11 +123,8 @@ class TextPrinter {
 
 ExitCode run_on_ranks(Session& session, const Arguments& arguments) {
   const std::vector<std::string> prompts = all_prompts(session, arguments);
-  // Generation is dropless: what a prompt gives must not depend on its neighbours.
-  std::vector<std::string> sets = arguments.sets;
-  sets.emplace_back("routing.eval_capacity_factor=0");
-  LoadedModel model = load_model(session, arguments.path, sets,
-                                 static_cast<std::int64_t>(prompts.size()), /*seq_len=*/1);
+  LoadedModel model = load_generator(session, arguments.path, arguments.sets,
+                                     static_cast<std::int64_t>(prompts.size()));
   std::unique_ptr<Tokenizer> tokenizer;
   std::vector<std::vector<std::int32_t>> ids;
   session.together([&] {

@@ -105,6 +105,8 @@ std::vector<std::string> names_of(const Table& table) {
   return names;
 }
 Limits auto_or_positive() { return {.min = 0, .max = kMostCounted, .auto_is_zero = true}; }
+/// Coefficients of losses: beyond it only overflows lie.
+constexpr double kMostCoefficient = 1e6;
 /// Sizes that are multiplied with each other: far above any model, far below an overflow.
 Limits size_of_at_least(double min) { return between(min, kMostSize); }
 
@@ -187,27 +189,31 @@ std::vector<Option> routing_options() {
       option("drop_policy", &C::drop_policy,
              "who stays when too many want an expert: the earlier tokens or the higher scores",
              one_of({"position", "probs"})),
-      option("pad_to_capacity", &C::pad_to_capacity,
-             "in training fill every expert up to its capacity, so that shapes are known ahead"),
+      option(
+          "pad_to_capacity", &C::pad_to_capacity,
+          "in training fill every expert up to its capacity, so that shapes are known ahead; needs "
+          "capacity_factor, not with stream \"threshold\""),
       option("renormalize_after_drop", &C::renormalize_after_drop,
-             "weights sum to one over the experts that kept the token; needs renormalize"),
+             "renormalize over the experts that kept the token alone; needs renormalize"),
       option("aux_loss", &C::aux_loss, "coefficient of the load-balancing loss; 0 = off",
-             at_least(0)),
+             between(0, kMostCoefficient)),
       option("aux_scope", &C::aux_scope, "over what the load-balancing loss is taken",
              one_of({"micro_batch", "sequence", "global"})),
       option("aux_loss_sequence", &C::aux_loss_sequence,
-             "beside aux_loss: the same over every sequence", at_least(0)),
+             "beside aux_loss: the same over every sequence", between(0, kMostCoefficient)),
       option("aux_loss_global", &C::aux_loss_global,
-             "beside aux_loss: the same with the fractions of the step before", at_least(0)),
+             "beside aux_loss: the same with the fractions of the step before",
+             between(0, kMostCoefficient)),
       option("z_loss", &C::z_loss, "coefficient of the loss on large gate logits; 0 = off",
-             at_least(0)),
+             between(0, kMostCoefficient)),
       option("importance_loss", &C::importance_loss,
-             "coefficient of the squared variation of the experts' summed weights", at_least(0)),
+             "coefficient of the squared variation of the experts' summed weights",
+             between(0, kMostCoefficient)),
       option("load_loss", &C::load_loss,
              "coefficient of the squared variation of the experts' chances; needs noise",
-             at_least(0)),
+             between(0, kMostCoefficient)),
       option("expert_bias_rate", &C::expert_bias_rate,
-             "step of the bias that evens out the experts without a loss; 0 = off", at_least(0)),
+             "step of the bias that evens out the experts without a loss; 0 = off", between(0, 1)),
       option("center_bias", &C::center_bias, "keep the mean of that bias at 0"),
       option(
           "quantile_rate", &C::quantile_rate,
@@ -216,21 +222,23 @@ std::vector<Option> routing_options() {
       option("jitter", &C::jitter, "in training the gate's input times U(1 - jitter, 1 + jitter)",
              from_to_below(0, 1)),
       option("noise", &C::noise, "in training learned normal noise on the logits, times this",
-             at_least(0)),
+             between(0, kMostCoefficient)),
       option("allow_future_leak", &C::allow_future_leak,
              "accept a selection that looks at later tokens (expert_choice, stream \"capacity\")"),
       option("sinkhorn_iterations", &C::sinkhorn_iterations, "rounds of balancing of \"sinkhorn\"",
-             at_least(1)),
+             between(1, 1000)),
       option("stream", &C::stream, "which tokens go through the experts at all",
              one_of(names_of(stream_table()))),
       option("stream_theta", &C::stream_theta, "\"threshold\": those with a gate value above it",
-             from_to_below(0, 1)),
+             between(1e-6, 0.999999)),
       option("stream_capacity_factor", &C::stream_capacity_factor,
              "\"capacity\": share of the micro-batch's tokens that go", between(1e-6, 1)),
       option("stream_target_share", &C::stream_target_share,
-             "where stream_target_loss holds the mean gate value", between(1e-6, 1)),
+             "what stream_target_loss holds: \"threshold\" the share that goes, else the mean gate "
+             "value",
+             between(1e-6, 1)),
       option("stream_target_loss", &C::stream_target_loss,
-             "coefficient of the squared distance from it; 0 = off", at_least(0))};
+             "coefficient of the squared distance from it; 0 = off", between(0, kMostCoefficient))};
 }
 
 Section routing_section() {

@@ -2,6 +2,9 @@
 
 #include <spdlog/spdlog.h>
 
+#include <functional>
+#include <set>
+
 #include "launch/threads.hpp"
 #include "src/base/error.hpp"
 
@@ -131,17 +134,31 @@ void load_weights(Session& session, LoadedModel& loaded) {
   loaded.instance->finish_reading();
 }
 
-}  // namespace
+/// A routing that leaves out parameters of the model is another model.
+void check_all_used(const LoadedModel& loaded, const Checkpoint& checkpoint) {
+  std::set<std::string, std::less<>> names;
+  for (const ParamRow& row : loaded.instance->registry().rows()) names.insert(row.name);
+  for (const StoredTensor& tensor : checkpoint.tensors) {
+    const std::string& name = tensor.spec.name;
+    const bool parameter = name.ends_with(".weight") || name.ends_with(".bias") ||
+                           name.ends_with("temperature") || name.ends_with("noise_weight");
+    ARCUS_REQUIRE(!parameter || name.starts_with("optimizer/") || names.contains(name),
+                  ExitCode::usage,
+                  "{} holds {}, which the configuration has no use for; leave out --set options "
+                  "that change what the model is",
+                  loaded.path.string(), name);
+  }
+}
 
-LoadedModel load_model(Session& session, const std::filesystem::path& path,
-                       const std::vector<std::string>& sets, std::int64_t micro_batch_seqs,
-                       std::int64_t seq_len) {
+LoadedModel load(Session& session, const std::filesystem::path& path,
+                 const std::vector<std::string>& sets,
+                 const std::function<void(InstanceOptions&)>& change) {
   LoadedModel loaded;
+  Checkpoint checkpoint;
   int ep_size = 1;
   session.together([&] {
     loaded.path = locate_checkpoint(path);
-    const Checkpoint checkpoint =
-        naming_others(loaded.path, [&] { return open_checkpoint(loaded.path); });
+    checkpoint = naming_others(loaded.path, [&] { return open_checkpoint(loaded.path); });
     loaded.info = checkpoint.info;
     loaded.config = from_toml(loaded.info.config_text, loaded.path.string() + " (configuration)");
     forget_layout(loaded.config);
@@ -164,13 +181,29 @@ LoadedModel load_model(Session& session, const std::filesystem::path& path,
       instance_options(trainer_options(loaded.config, resolve_model(loaded.config, nullptr)));
   options.training = false;
   options.num_micro_batches = 1;
-  if (micro_batch_seqs > 0) options.micro_batch_seqs = micro_batch_seqs;
-  if (seq_len > 0) options.seq_len = seq_len;
+  change(options);
   loaded.instance = std::make_unique<ModelInstance>(make_process_groups(session.comm(), ep_size),
                                                     *loaded.stream, options);
+  session.together([&] { check_all_used(loaded, checkpoint); });
   naming_others(loaded.path, [&] { load_weights(session, loaded); });
   loaded.instance->build_primitives();
   return loaded;
+}
+
+}  // namespace
+
+LoadedModel load_model(Session& session, const std::filesystem::path& path,
+                       const std::vector<std::string>& sets) {
+  return load(session, path, sets, [](InstanceOptions&) {});
+}
+
+LoadedModel load_generator(Session& session, const std::filesystem::path& path,
+                           const std::vector<std::string>& sets, std::int64_t num_prompts) {
+  return load(session, path, sets, [=](InstanceOptions& options) {
+    options = dropless_outside_training(std::move(options));
+    options.micro_batch_seqs = num_prompts;
+    options.seq_len = 1;
+  });
 }
 
 }  // namespace arcus

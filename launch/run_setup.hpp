@@ -49,10 +49,12 @@ struct LoadedModel {
   std::unique_ptr<Stream> stream;
   std::unique_ptr<ModelInstance> instance;
 };
-/// `path`: a checkpoint or a run folder. Sequences of `seq_len` (0 = as trained), micro-batches of
-/// `micro_batch_seqs` (0 = as trained). Collective.
+/// `path`: a checkpoint or a run folder. Sequences and micro-batches as trained. Collective.
 LoadedModel load_model(Session& session, const std::filesystem::path& path,
-                       const std::vector<std::string>& sets, std::int64_t micro_batch_seqs,
-                       std::int64_t seq_len);
+                       const std::vector<std::string>& sets);
+/// The same for generating `num_prompts` texts at once: dropless, so that what a prompt gives does
+/// not depend on its neighbours.
+LoadedModel load_generator(Session& session, const std::filesystem::path& path,
+                           const std::vector<std::string>& sets, std::int64_t num_prompts);
 
 }  // namespace arcus

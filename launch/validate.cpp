@@ -59,14 +59,13 @@ void validate_sizes(const Config& config) {
                 slots, config.train.micro_batch_seqs, config.train.seq_len, m.topk);
 }
 
-void validate_capacity(const Config& config) {
+void validate_capacity(const Config& config, const RoutingConfig& routing) {
   const std::int64_t tokens = config.train.seq_len * config.train.micro_batch_seqs;
   ARCUS_REQUIRE(
-      config.routing.min_capacity <= tokens, ExitCode::usage,
+      routing.min_capacity <= tokens, ExitCode::usage,
       "routing.min_capacity ({}) exceeds the {} tokens of a micro-batch (train.seq_len {} "
-      "x train.micro_batch_seqs {}); set it to {} or less, or capacity_factor to 0",
-      config.routing.min_capacity, tokens, config.train.seq_len, config.train.micro_batch_seqs,
-      tokens);
+      "x train.micro_batch_seqs {}); set it to {} or less",
+      routing.min_capacity, tokens, config.train.seq_len, config.train.micro_batch_seqs, tokens);
 }
 
 }  // namespace
@@ -78,7 +77,10 @@ void validate(const Config& config) {
   validate_groups(config.groups);
   validate_domains(config.data.domains);
   validate_sizes(config);
-  validate_capacity(config);
+  validate_capacity(config, config.routing);
+  for (const RoutingOverride& o : resolve_overrides(config)) {
+    validate_capacity(config, o.with.routing);
+  }
 }
 
 }  // namespace arcus

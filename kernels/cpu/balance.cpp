@@ -154,8 +154,9 @@ double aux_of_groups(Stream& stream, const AuxLoss& args) {
       continue;
     }
     sum_group<A>(stream, args, begin, end, count, share);
-    aux += aux_of_group(args, fraction, count, share, end - begin) *
-           static_cast<double>(end - begin) / tokens;
+    const double weight = args.group_weights.empty() ? static_cast<double>(end - begin) / tokens
+                                                     : args.group_weights[group];
+    aux += aux_of_group(args, fraction, count, share, end - begin) * weight;
   }
   return aux;
 }
@@ -230,17 +231,23 @@ void aux_loss(Stream& stream, const AuxLoss& args) {
 void aux_loss_backward(Stream& stream, const AuxLossBackward& args) {
   check_groups(args.group_offsets, args.fraction, args.s);
   dispatch_accumulate(args.s.dtype, [&]<class A>() {
-    // A group's share of the loss is its share of the tokens, so its own length cancels.
-    const A factor =
-        static_cast<A>(args.coeff) * static_cast<A>(args.s.cols) / static_cast<A>(args.s.rows);
     const auto offsets = args.group_offsets;
+    const auto factor_of = [&](std::size_t group) {
+      // Without weights a group's share of the loss is its share of the tokens: its length cancels.
+      if (args.group_weights.empty()) {
+        return static_cast<A>(args.coeff) * static_cast<A>(args.s.cols) /
+               static_cast<A>(args.s.rows);
+      }
+      return static_cast<A>(args.coeff * args.group_weights[group]) * static_cast<A>(args.s.cols) /
+             static_cast<A>(offsets[group + 1] - offsets[group]);
+    };
     parallel_rows(stream, args.s.rows, kRowGrain, [&](std::int64_t begin, std::int64_t end, int) {
       std::int64_t group =
           std::upper_bound(offsets.begin(), offsets.end(), begin) - offsets.begin() - 1;
       for (std::int64_t t = begin; t < end; ++t) {
         while (t >= offsets[static_cast<std::size_t>(group + 1)]) ++group;
         add_aux_gradient(args.ds.row<A>(t), args.s.row<A>(t), args.fraction.row<A>(group),
-                         args.s.cols, factor);
+                         args.s.cols, factor_of(static_cast<std::size_t>(group)));
       }
     });
   });

@@ -61,13 +61,15 @@ void decision_backward(Stream&, const DecisionBackward& args) {
   ARCUS_CHECK(args.dd_chosen.rows == args.index.size(), "gradients of {} tokens, {} chosen",
               args.dd_chosen.rows, args.index.size());
   const std::int64_t tokens = args.g.rows;
+  if (tokens == 0) return;
   dispatch_accumulate(args.g.dtype, [&]<class A>() {
     const auto* index = args.index.as<std::int32_t>();
-    const A each = tokens > 0 ? static_cast<A>(args.dmean / static_cast<double>(tokens)) : A(0);
+    const A each = static_cast<A>(args.dmean / static_cast<double>(tokens));
+    const A shift = static_cast<A>(args.dshift / static_cast<double>(tokens));
     std::int64_t next = 0;
     for (std::int64_t t = 0; t < tokens; ++t) {
       const A g = args.g.row<A>(t)[0];
-      A value = each * g * (1 - g);
+      A value = each * g * (1 - g) + shift;
       if (next < args.index.size() && index[next] == t) {
         value += args.dd_chosen.row<A>(next++)[0];
       }

@@ -50,8 +50,8 @@ class Block {
   std::vector<GemmShape> gemm_shapes(std::int64_t max_tokens, std::int64_t max_segment_rows,
                                      DType compute, bool training) const;
   const AttentionLayer& attention() const { return attention_; }
-  /// Experts that a token may go to; 0 for a dense layer.
-  std::int64_t num_slots() const { return moe_ ? moe_->num_slots() : 0; }
+  /// Experts that a token goes to; 0 for a dense layer.
+  std::int64_t active_experts() const { return moe_ ? moe_->active_experts() : 0; }
   /// Share of the tokens that take the feed-forward part, where the configuration says it.
   double routed_share() const { return routed_share_; }
 

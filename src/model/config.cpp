@@ -70,23 +70,25 @@ void validate_groups(const ModelConfig& m, const RoutingConfig& r) {
                   r.topk_group);
     return;
   }
-  ARCUS_REQUIRE(m.num_experts % r.n_group == 0, ExitCode::usage,
-                "routing.n_group ({}) must divide model.num_experts ({}); set it to {}", r.n_group,
-                m.num_experts, std::gcd(r.n_group, m.num_experts));
-  ARCUS_REQUIRE(r.topk_group < r.n_group, ExitCode::usage,
-                "routing.topk_group ({}) must be smaller than routing.n_group ({}); set topk_group "
-                "to {}",
-                r.topk_group, r.n_group, r.n_group - 1);
+  ARCUS_REQUIRE(
+      m.num_experts % r.n_group == 0, ExitCode::usage,
+      "routing.n_group ({}) must divide model.num_experts ({}); set it and topk_group to 1 "
+      "for no groups",
+      r.n_group, m.num_experts);
   const std::int64_t width = m.num_experts / r.n_group;
+  ARCUS_REQUIRE(
+      r.topk_group < r.n_group, ExitCode::usage,
+      "routing.topk_group ({}) must be smaller than routing.n_group ({}); set both to 1 for "
+      "no groups",
+      r.topk_group, r.n_group);
   ARCUS_REQUIRE(m.topk <= r.topk_group * width, ExitCode::usage,
                 "model.topk ({}) exceeds the {} experts that routing.topk_group ({}) groups of {} "
-                "hold; set topk to {} or topk_group to {}",
-                m.topk, r.topk_group * width, r.topk_group, width, r.topk_group * width,
-                (m.topk + width - 1) / width);
+                "hold; set topk to {}",
+                m.topk, r.topk_group * width, r.topk_group, width, r.topk_group * width);
   ARCUS_REQUIRE(width > 1 || r.group_score == "max", ExitCode::usage,
                 "routing.group_score \"top2_sum\" needs groups of two experts or more, but "
-                "routing.n_group ({}) leaves {}; set group_score to \"max\" or n_group to {}",
-                r.n_group, width, m.num_experts / 2);
+                "routing.n_group ({}) leaves {}; set group_score to \"max\"",
+                r.n_group, width);
 }
 
 void validate_capacity(const RoutingConfig& r) {
@@ -102,7 +104,8 @@ void validate_capacity(const RoutingConfig& r) {
   ARCUS_REQUIRE(r.min_capacity >= 0, ExitCode::usage,
                 "routing.min_capacity is {}; it must not be negative", r.min_capacity);
   ARCUS_REQUIRE(!r.pad_to_capacity || r.capacity_factor > 0, ExitCode::usage,
-                "routing.pad_to_capacity needs routing.capacity_factor above 0; set it to 1.25");
+                "routing.pad_to_capacity is true, but routing.capacity_factor is 0 (dropless); set "
+                "pad_to_capacity to false, or capacity_factor to 1.25");
   ARCUS_REQUIRE(
       !r.pad_to_capacity || find_stream(r.stream).passes_all || find_stream(r.stream).predicts,
       ExitCode::usage,
@@ -111,7 +114,8 @@ void validate_capacity(const RoutingConfig& r) {
       "pad_to_capacity to false",
       r.stream);
   ARCUS_REQUIRE(!r.renormalize_after_drop || r.renormalize, ExitCode::usage,
-                "routing.renormalize_after_drop needs routing.renormalize; set it to true");
+                "routing.renormalize_after_drop is true, but routing.renormalize is false; set "
+                "renormalize_after_drop to false");
 }
 
 void validate_losses(const ModelConfig& m, const RoutingConfig& r) {
@@ -133,8 +137,8 @@ void validate_losses(const ModelConfig& m, const RoutingConfig& r) {
   ARCUS_REQUIRE(r.sinkhorn_iterations >= 1, ExitCode::usage,
                 "routing.sinkhorn_iterations is {}; it must be at least 1", r.sinkhorn_iterations);
   ARCUS_REQUIRE(r.load_loss == 0 || r.noise > 0, ExitCode::usage,
-                "routing.load_loss ({}) counts chances under noise; set routing.noise to 1, or "
-                "load_loss to 0",
+                "routing.load_loss ({}) counts chances under noise, but routing.noise is 0; set "
+                "load_loss to 0, or noise to 1",
                 r.load_loss);
   ARCUS_REQUIRE(r.load_loss == 0 || m.topk < m.num_experts, ExitCode::usage,
                 "routing.load_loss ({}) needs model.topk ({}) below model.num_experts ({}); set "
@@ -142,6 +146,8 @@ void validate_losses(const ModelConfig& m, const RoutingConfig& r) {
                 r.load_loss, m.topk, m.num_experts);
   ARCUS_REQUIRE(r.quantile_rate >= 0 && r.quantile_rate <= 1, ExitCode::usage,
                 "routing.quantile_rate is {}; it must be between 0 and 1", r.quantile_rate);
+  ARCUS_REQUIRE(r.expert_bias_rate <= 1, ExitCode::usage,
+                "routing.expert_bias_rate is {}; it must be between 0 and 1", r.expert_bias_rate);
   ARCUS_REQUIRE(
       r.quantile_rate == 0 || r.expert_bias_rate == 0, ExitCode::usage,
       "routing.quantile_rate ({}) and routing.expert_bias_rate ({}) set the same bias; set "
@@ -151,14 +157,16 @@ void validate_losses(const ModelConfig& m, const RoutingConfig& r) {
                 "routing.quantile_rate ({}) needs model.topk ({}) below model.num_experts ({}) and "
                 "one group (routing.n_group is {}); set quantile_rate to 0",
                 r.quantile_rate, m.topk, m.num_experts, r.n_group);
-  ARCUS_REQUIRE(!r.center_bias || r.expert_bias_rate > 0, ExitCode::usage,
-                "routing.center_bias needs routing.expert_bias_rate above 0; set it to 0.001");
+  ARCUS_REQUIRE(
+      !r.center_bias || r.expert_bias_rate > 0, ExitCode::usage,
+      "routing.center_bias is true, but routing.expert_bias_rate is 0; set center_bias to "
+      "false, or expert_bias_rate to 0.001");
 }
 
 void validate_stream(const RoutingConfig& r) {
   const StreamRow& row = find_stream(r.stream);
-  ARCUS_REQUIRE(r.stream_theta >= 0 && r.stream_theta < 1, ExitCode::usage,
-                "routing.stream_theta is {}; it must be at least 0 and below 1", r.stream_theta);
+  ARCUS_REQUIRE(r.stream_theta > 0 && r.stream_theta < 1, ExitCode::usage,
+                "routing.stream_theta is {}; it must be above 0 and below 1", r.stream_theta);
   ARCUS_REQUIRE(r.stream_capacity_factor >= 1e-6 && r.stream_capacity_factor <= 1, ExitCode::usage,
                 "routing.stream_capacity_factor is {}; it must be between 0.000001 and 1",
                 r.stream_capacity_factor);
@@ -194,10 +202,11 @@ void validate_routing(const ModelConfig& m, const RoutingConfig& r) {
   ARCUS_REQUIRE(r.routed_scaling_factor > 0, ExitCode::usage,
                 "routing.routed_scaling_factor is {}; it must be positive",
                 r.routed_scaling_factor);
+  // First what the selection takes at all: the others name ways out that it must go with.
+  validate_combination(m, r);
   validate_groups(m, r);
   validate_capacity(r);
   validate_losses(m, r);
-  validate_combination(m, r);
 }
 
 }  // namespace
@@ -223,6 +232,13 @@ void validate(const ModelConfig& model, const std::vector<RoutingOverride>& over
     const std::string layers = o.first_layer == o.last_layer
                                    ? fmt::format("{}", o.first_layer)
                                    : fmt::format("{}-{}", o.first_layer, o.last_layer);
+    ARCUS_REQUIRE(o.first_layer <= o.last_layer, ExitCode::usage,
+                  "routing.override: layers \"{}\" end before they begin; write \"{}-{}\"", layers,
+                  o.last_layer, o.first_layer);
+    ARCUS_REQUIRE(model.first_k_dense < model.num_layers, ExitCode::usage,
+                  "routing.override: layers \"{}\", but no layer routes: model.first_k_dense ({}) "
+                  "makes all {} dense",
+                  layers, model.first_k_dense, model.num_layers);
     ARCUS_REQUIRE(o.first_layer >= model.first_k_dense && o.first_layer <= o.last_layer &&
                       o.last_layer < model.num_layers,
                   ExitCode::usage,
@@ -239,8 +255,10 @@ void validate(const ModelConfig& model, const std::vector<RoutingOverride>& over
     try {
       validate(own, o.with.routing);
     } catch (const Error& error) {
-      throw Error(error.code(), fmt::format("in layers {}: {}", layers, error.what()), error.file(),
-                  error.line());
+      throw Error(error.code(),
+                  fmt::format("in layer{} {}: {}", o.first_layer == o.last_layer ? "" : "s", layers,
+                              error.what()),
+                  error.file(), error.line());
     }
   }
 }

@@ -32,6 +32,10 @@ class Gate {
   std::int64_t rows_per_expert(const PassContext& ctx, const Routing& routing) const {
     return ctx.training && routing_.pad_to_capacity ? routing.capacity : 0;
   }
+  /// Experts that a token goes to, on average where their number varies.
+  std::int64_t active_experts() const {
+    return find_select(routing_.select).all_experts ? model_.num_experts : model_.topk;
+  }
   /// Slots per token.
   std::int64_t num_slots() const { return arcus::num_slots(model_, routing_); }
 

@@ -22,7 +22,7 @@ MoeLayer::MoeLayer(const ModelConfig& model, const RoutingConfig& routing,
   const std::int64_t e = model.num_experts;
   const std::int64_t f = model.expert_ff_size;
   const std::int64_t h = model.hidden_size;
-  const std::int64_t active = gate_.num_slots();
+  const std::int64_t active = gate_.active_experts();
   experts_ = registry.add_experts(
       {{.name = prefix + "experts.gate_proj.weight", .shape = {e, f, h}, .active_units = active},
        {.name = prefix + "experts.up_proj.weight", .shape = {e, f, h}, .active_units = active},

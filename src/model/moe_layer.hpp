@@ -60,7 +60,7 @@ class MoeLayer {
   std::vector<GemmShape> gemm_shapes(std::int64_t min_tokens, std::int64_t max_tokens,
                                      std::int64_t max_segment_rows, DType compute,
                                      bool training) const;
-  std::int64_t num_slots() const { return gate_.num_slots(); }
+  std::int64_t active_experts() const { return gate_.active_experts(); }
 
  private:
   FfnWeights expert_weights(const ParamStore& params) const;

@@ -20,7 +20,9 @@ struct MicroBatch {
   std::int64_t num_padding_tokens = 0;  ///< at the end of the last sequence (evaluation only)
   std::int64_t first_token = 0;         ///< global index of token 0 in the step
   std::span<const std::int64_t> sequence_offsets;  ///< [num_seqs + 1] real tokens before each
-  ConstTensorView ids;                             ///< [1, T] i32
+  /// [num_seqs] shares of the sequences in losses; empty: those of their real tokens.
+  std::span<const double> sequence_weights;
+  ConstTensorView ids;  ///< [1, T] i32
   /// [1, T] i32 places in the micro-batch of which these are some tokens; empty: all of them.
   ConstTensorView token_idx;
   ConstTensorView targets;    ///< [1, T] i32, -1 = none

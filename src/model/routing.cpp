@@ -90,15 +90,19 @@ class Groups {
   Groups(const GateContext& gate, AuxScope scope)
       : whole_{0, gate.routing.s.rows},
         offsets_(scope == AuxScope::sequence ? gate.pass.batch.sequence_offsets
-                                             : std::span<const std::int64_t>(whole_)) {}
+                                             : std::span<const std::int64_t>(whole_)) {
+    if (scope == AuxScope::sequence) weights_ = gate.pass.batch.sequence_weights;
+  }
   Groups(const Groups&) = delete;
   Groups& operator=(const Groups&) = delete;
   std::span<const std::int64_t> offsets() const { return offsets_; }
+  std::span<const double> weights() const { return weights_; }
   std::int64_t count() const { return static_cast<std::int64_t>(offsets_.size()) - 1; }
 
  private:
   std::array<std::int64_t, 2> whole_;
   std::span<const std::int64_t> offsets_;
+  std::span<const double> weights_;
 };
 
 TensorView fraction_of(const Routing& routing, AuxScope scope) {
@@ -122,8 +126,8 @@ void fill_previous_fraction(const GateContext& gate, TensorView fraction) {
 }
 
 template <AuxScope kScope>
-bool aux_is_active(const RoutingConfig& config) {
-  return aux_coefficient(config, kScope) > 0;
+double aux_coefficient_of(const RoutingConfig& config) {
+  return aux_coefficient(config, kScope);
 }
 
 template <AuxScope kScope>
@@ -140,6 +144,7 @@ void add_aux_loss(const GateContext& gate) {
             .scratch = gate.pass.scratch.allocate(DType::f64, 1, 2 * gate.model.num_experts),
             .s = gate.routing.s,
             .group_offsets = groups.offsets(),
+            .group_weights = groups.weights(),
             .topk = gate.model.topk});
   gate.pass.stats.aux_loss[gate.layer()] +=
       aux_coefficient(gate.config, kScope) * gate.pass.batch.weight * aux;
@@ -153,6 +158,7 @@ void add_aux_gradient(const GateContext& gate, TensorView ds) {
                      .s = gate.routing.s,
                      .fraction = fraction_of(gate.routing, kScope),
                      .group_offsets = groups.offsets(),
+                     .group_weights = groups.weights(),
                      .coeff = aux_coefficient(gate.config, kScope) * gate.pass.batch.weight});
 }
 
@@ -161,7 +167,7 @@ constexpr BalanceRow aux_row(std::string_view name, std::string_view what) {
   return {.name = name,
           .what = what,
           .needs_steering = true,
-          .active = aux_is_active<kScope>,
+          .coefficient = aux_coefficient_of<kScope>,
           .forward = add_aux_loss<kScope>,
           .backward_scores = add_aux_gradient<kScope>};
 }
@@ -264,19 +270,19 @@ constexpr std::array kBalances{
     BalanceRow{.name = "importance_loss",
                .what = "evens out the sums of the experts' weights",
                .needs_steering = true,
-               .active = [](const RoutingConfig& c) { return c.importance_loss > 0; },
+               .coefficient = [](const RoutingConfig& c) { return c.importance_loss; },
                .forward = add_importance_loss,
                .backward_scores = add_importance_gradient},
     BalanceRow{.name = "load_loss",
                .what = "evens out the chances of the experts under noise",
                .needs_steering = true,
-               .active = [](const RoutingConfig& c) { return c.load_loss > 0; },
+               .coefficient = [](const RoutingConfig& c) { return c.load_loss; },
                .forward = add_load_loss,
                .backward_scores = nullptr},
     BalanceRow{.name = "quantile_rate",
                .what = "a bias that follows the step's scores",
                .needs_steering = true,
-               .active = [](const RoutingConfig& c) { return c.quantile_rate > 0; },
+               .coefficient = [](const RoutingConfig& c) { return c.quantile_rate; },
                .forward = keep_quantile_scores,
                .backward_scores = nullptr}};
 
@@ -284,7 +290,8 @@ constexpr std::array kStreams{
     StreamRow{.name = "none", .what = "all tokens, no decision layer", .passes_all = true},
     StreamRow{.name = "threshold",
               .what = "tokens whose gate value exceeds stream_theta",
-              .decides = true},
+              .decides = true,
+              .holds_share = true},
     StreamRow{.name = "weighted",
               .what = "all tokens, each as much as its gate value says",
               .decides = true,
@@ -356,7 +363,7 @@ void validate_combination(const ModelConfig& m, const RoutingConfig& r) {
   refuse(!select.steered && r.jitter > 0, "routing.jitter", r.jitter, "0");
   for (const BalanceRow& row : kBalances) {
     if (!row.needs_steering || select.steered || !row.active(r)) continue;
-    refuse(true, fmt::format("routing.{}", row.name), "a value above 0", "0");
+    refuse(true, fmt::format("routing.{}", row.name), row.coefficient(r), "0");
   }
 }
 
@@ -380,7 +387,8 @@ std::string combinations_table() {
     }
     text += "\n";
   }
-  text += "\n| stream | what | select | quantile_rate | allow_future_leak |\n|---|---|---|---|---|\n";
+  text +=
+      "\n| stream | what | select | quantile_rate | allow_future_leak |\n|---|---|---|---|---|\n";
   for (const StreamRow& stream : kStreams) {
     text += fmt::format("| {} | {} | any | {} | {} |\n", stream.name, stream.what,
                         mark(stream.passes_all), stream.predicts ? "needed" : "-");

@@ -57,9 +57,10 @@ struct SelectRow {
 struct StreamRow {
   std::string_view name;
   std::string_view what;
-  bool decides;     ///< there is a decision layer
-  bool passes_all;  ///< every token goes
-  bool predicts;    ///< looks at the whole micro-batch; evaluation asks a predictor
+  bool decides;      ///< there is a decision layer
+  bool passes_all;   ///< every token goes
+  bool predicts;     ///< looks at the whole micro-batch; evaluation asks a predictor
+  bool holds_share;  ///< stream_target_loss holds the share that goes, not the mean gate value
 };
 
 /// One balancing term. A term that is not active adds nothing.
@@ -67,11 +68,13 @@ struct BalanceRow {
   std::string_view name;
   std::string_view what;
   bool needs_steering;  ///< refused where scores do not decide the selection
-  bool (*active)(const RoutingConfig& config);
+  double (*coefficient)(const RoutingConfig& config);  ///< 0 = off
   /// Adds its part of the loss to the statistics; keeps what backward needs in routing.
   void (*forward)(const GateContext& gate);
   /// Adds its gradient to ds [T, E]; null: none.
   void (*backward_scores)(const GateContext& gate, TensorView ds);
+
+  bool active(const RoutingConfig& config) const { return coefficient(config) > 0; }
 };
 
 std::span<const ScoreRow> score_table();

@@ -30,6 +30,7 @@ void StreamGate::allocate_kept(Arena& arena, std::int64_t num_tokens, Saved& sav
   saved.ids = arena.allocate(DType::i32, 1, num_tokens);
   // As many sequences as tokens at most.
   saved.sequence_offsets = arena.allocate_array<std::int64_t>(num_tokens + 1);
+  saved.sequence_weights = arena.allocate_array<double>(num_tokens);
 }
 
 void StreamGate::allocate_rest(Arena& arena, std::int64_t num_tokens, DType compute,
@@ -52,11 +53,11 @@ void StreamGate::allocate_scratch(Arena& arena, std::int64_t num_tokens, DType c
 
 void StreamGate::forward(PassContext& ctx, const ParamStore& params, ConstTensorView before,
                          ConstTensorView after, Saved& saved, bool replay) const {
-  const std::int64_t flag_key = bad_leaf_key(params.registry().row(weight_).first_unit_idx,
-                                             std::max<std::int64_t>(0, ctx.batch.number));
   cast(ctx.stream, {.y = saved.wide.col_range(0, hidden_size_), .x = before});
   cast(ctx.stream, {.y = saved.wide.col_range(hidden_size_, hidden_size_), .x = after});
   const auto logits = [&](TensorView z, ParamRef weight, ParamRef bias) {
+    const std::int64_t flag_key = bad_leaf_key(params.registry().row(weight).first_unit_idx,
+                                               std::max<std::int64_t>(0, ctx.batch.number));
     gate_logits(ctx.stream, {.z = z,
                              .x = saved.wide,
                              .weight = params.values(weight),
@@ -107,6 +108,12 @@ void StreamGate::choose(PassContext& ctx, Saved& saved) const {
   for (std::size_t s = 0; s < offsets.size(); ++s) {
     saved.sequence_offsets[s] = std::lower_bound(index, index + count, offsets[s]) - index;
   }
+  saved.sequence_weights =
+      saved.sequence_weights.first(offsets.empty() ? std::size_t{0} : offsets.size() - 1);
+  for (std::size_t s = 0; s < saved.sequence_weights.size(); ++s) {
+    saved.sequence_weights[s] =
+        static_cast<double>(offsets[s + 1] - offsets[s]) / static_cast<double>(tokens);
+  }
 }
 
 MicroBatch StreamGate::second_level(const MicroBatch& batch, const Saved& saved) const {
@@ -115,6 +122,7 @@ MicroBatch StreamGate::second_level(const MicroBatch& batch, const Saved& saved)
   second.seq_len = saved.index.cols;
   second.num_padding_tokens = 0;
   second.sequence_offsets = saved.sequence_offsets;
+  second.sequence_weights = saved.sequence_weights;
   second.ids = saved.ids;
   second.token_idx = saved.index;
   second.targets = second.position = second.first_key = {};
@@ -151,14 +159,30 @@ void StreamGate::report(PassContext& ctx, const Saved& saved) const {
   double mean = 0;
   column_mean(ctx.stream, {.mean = &mean, .x = saved.g});
   ctx.stats.stream_gate[layer] = ctx.batch.weight * mean;
-  const double off = mean - routing_.stream_target_share;
   if (saved.g.rows > 0) {
-    ctx.stats.aux_loss[layer] += routing_.stream_target_loss * ctx.batch.weight * off * off;
+    ctx.stats.aux_loss[layer] +=
+        routing_.stream_target_loss * ctx.batch.weight * target_loss(ctx, saved, mean);
   }
   if (!row_->predicts) return;
   double loss = 0;
   predictor_loss(ctx.stream, {.loss = &loss, .logits = saved.predictor, .topk_idx = saved.chosen});
   ctx.stats.predictor_loss[layer] += ctx.batch.weight * loss;
+}
+
+/// Distance of the share that goes from its target; that share has no gradient.
+double StreamGate::share_off_target(const Saved& saved) const {
+  return static_cast<double>(saved.index.cols) / static_cast<double>(saved.g.rows) -
+         routing_.stream_target_share;
+}
+
+double StreamGate::target_loss(PassContext& ctx, const Saved& saved, double mean_gate) const {
+  if (!row_->holds_share) {
+    const double off = mean_gate - routing_.stream_target_share;
+    return off * off;
+  }
+  double mean_logit = 0;
+  column_mean(ctx.stream, {.mean = &mean_logit, .x = saved.d});
+  return share_off_target(saved) * mean_logit;
 }
 
 void StreamGate::add_leaves(PassContext& ctx, const ParamStore& params, ConstTensorView dlogits,
@@ -191,13 +215,17 @@ void StreamGate::backward(PassContext& ctx, const ParamStore& params, TensorView
                                            .logit = d_chosen});
   double mean = 0;
   column_mean(ctx.stream, {.mean = &mean, .x = saved.g});
+  const double coeff = routing_.stream_target_loss * ctx.batch.weight;
+  const bool shift = row_->holds_share && tokens > 0;
   const TensorView dd = allocate_padded(ctx.scratch, acc, tokens, 1);
-  decision_backward(ctx.stream, {.dd = dd,
-                                 .dd_chosen = dd_chosen,
-                                 .index = saved.index,
-                                 .g = saved.g,
-                                 .dmean = 2 * routing_.stream_target_loss * ctx.batch.weight *
-                                          (mean - routing_.stream_target_share)});
+  decision_backward(
+      ctx.stream,
+      {.dd = dd,
+       .dd_chosen = dd_chosen,
+       .index = saved.index,
+       .g = saved.g,
+       .dmean = row_->holds_share ? 0 : 2 * coeff * (mean - routing_.stream_target_share),
+       .dshift = shift ? coeff * share_off_target(saved) : 0});
   add_leaves(ctx, params, dd, weight_, bias_, saved);
   linear_dgrad(ctx.stream, {.dx = dwide, .dy = dd, .weight = params.values(weight_)});
   if (!row_->predicts) return;

@@ -23,6 +23,7 @@ class StreamGate {
     TensorView index;                          ///< [1, T'] i32: the tokens of stream 2, ascending
     TensorView ids;                            ///< [1, T'] i32: their token ids
     std::span<std::int64_t> sequence_offsets;  ///< tokens of stream 2 before each sequence
+    std::span<double> sequence_weights;        ///< shares of the sequences, all tokens counted
     // Computed again.
     TensorView wide;       ///< [T, 2H] A: the stream before and after attention
     TensorView d, g;       ///< [T, 1] A: logits and gate values
@@ -53,6 +54,9 @@ class StreamGate {
 
  private:
   void choose(PassContext& ctx, Saved& saved) const;
+  double share_off_target(const Saved& saved) const;
+  /// Without coefficient and weight.
+  double target_loss(PassContext& ctx, const Saved& saved, double mean_gate) const;
   void report(PassContext& ctx, const Saved& saved) const;
   void add_leaves(PassContext& ctx, const ParamStore& params, ConstTensorView dlogits,
                   ParamRef weight, ParamRef bias, const Saved& saved) const;

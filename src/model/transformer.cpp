@@ -329,9 +329,9 @@ double Transformer::training_flops_per_token(std::int64_t seq_len) const {
       weights += 3 * h * d(model_.dense_ff_size);
       continue;
     }
-    weights += block.routed_share() *
-               (h * d(model_.num_experts) + 3 * h * d(model_.expert_ff_size) *
-                                                d(block.num_slots() + model_.num_shared_experts));
+    weights += block.routed_share() * (h * d(model_.num_experts) +
+                                       3 * h * d(model_.expert_ff_size) *
+                                           d(block.active_experts() + model_.num_shared_experts));
   }
   // Two products of [S, D] by [D, S] per head and layer, half of them masked.
   const double attention = d(model_.num_layers) * 2 * d(seq_len) * q;

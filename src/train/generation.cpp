@@ -158,9 +158,13 @@ std::vector<std::vector<std::int32_t>> generate(
   ARCUS_CHECK(n <= instance.options().micro_batch_seqs && instance.options().seq_len == 1,
               "{} prompts for an instance of {} x {} tokens", n,
               instance.options().micro_batch_seqs, instance.options().seq_len);
-  ARCUS_CHECK(instance.options().routing.eval_capacity_factor == 0,
-              "generation is dropless, routing.eval_capacity_factor is {}",
-              instance.options().routing.eval_capacity_factor);
+  for (std::int64_t l = 0; l < instance.options().model.num_layers; ++l) {
+    const InstanceOptions& o = instance.options();
+    const double factor =
+        routing_of_layer(o.model, o.routing, o.overrides, l).routing.eval_capacity_factor;
+    ARCUS_CHECK(factor == 0, "generation is dropless, eval_capacity_factor of layer {} is {}", l,
+                factor);
+  }
   return Decoder(instance, prompts, options).run(on_token);
 }
 

@@ -48,7 +48,8 @@ struct DomainEval {
   std::int64_t tokens = 0, bytes = 0;
   /// One entry a layer, [E] tokens before drops; empty for a dense layer.
   std::vector<std::vector<std::int64_t>> tokens_per_expert;
-  std::vector<double> stream_share;  ///< [L] share of the tokens that went through the layer's experts
+  std::vector<double>
+      stream_share;  ///< [L] share of the tokens that went through the layer's experts
 };
 /// Largest / mean of tokens per expert; 0 where there are none.
 double max_mean_load(std::span<const std::int64_t> tokens_per_expert);

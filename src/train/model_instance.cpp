@@ -75,6 +75,12 @@ ParamRegistry make_registry(const ProcessGroups& groups, const InstanceOptions& 
 
 }  // namespace
 
+InstanceOptions dropless_outside_training(InstanceOptions options) {
+  options.routing.eval_capacity_factor = 0;
+  for (RoutingOverride& o : options.overrides) o.with.routing.eval_capacity_factor = 0;
+  return options;
+}
+
 ModelInstance::ModelInstance(ProcessGroups groups, Stream& stream, const InstanceOptions& options)
     : options_(options),
       groups_(std::move(groups)),
@@ -150,7 +156,8 @@ RoundMemory ModelInstance::round_memory(bool worst) const {
       worst ? dispatcher_->max_recv_rows() : std::min(balanced, dispatcher_->max_recv_rows());
   const std::int64_t padded =
       worst ? dispatcher_->max_padded_rows()
-            : padded_rows(rows) + local * groups_.ep->size() * kWgradRowPadding / 2;
+            : std::min(padded_rows(rows) + local * groups_.ep->size() * kWgradRowPadding / 2,
+                       dispatcher_->max_padded_rows());
   RoundMemory memory = transformer_->count_round(
       tokens, rows, padded, *dispatcher_, options_.compute, options_.training, options_.recompute);
   if (options_.training) {

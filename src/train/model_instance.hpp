@@ -29,6 +29,9 @@ struct InstanceOptions {
   DispatchPath dispatch_path = DispatchPath::automatic;
 };
 
+/// Without a limit on what an expert takes outside training, in any layer.
+InstanceOptions dropless_outside_training(InstanceOptions options);
+
 /// Bytes of one rank by purpose: with experts evenly loaded, and the most that can happen.
 struct ByteRow {
   std::string purpose;

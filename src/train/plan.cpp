@@ -27,11 +27,11 @@ class PlannedCommunicator final : public Communicator {
 };
 
 void add_advice(const TrainerOptions& options, TrainPlan& plan) {
-  if (plan.rows_per_segment < 256) {
+  if (!plan.segments.empty() && plan.segments.front().rows < 256) {
     plan.advice.push_back(fmt::format(
         "an expert gets about {} rows of a micro-batch; matrix products and order-independent sums "
         "are efficient from 256: raise train.micro_batch_seqs (now {})",
-        plan.rows_per_segment, options.train.micro_batch_seqs));
+        plan.segments.front().rows, options.train.micro_batch_seqs));
   }
   if (plan.micro_batches % plan.num_ranks != 0) {
     plan.advice.push_back(fmt::format(
@@ -40,6 +40,46 @@ void add_advice(const TrainerOptions& options, TrainPlan& plan) {
         plan.micro_batches, plan.num_ranks, plan.rounds * plan.num_ranks - plan.micro_batches,
         plan.rounds * plan.num_ranks * options.train.micro_batch_seqs));
   }
+}
+
+void add_segments(const TrainerOptions& options, TrainPlan& plan) {
+  const ModelConfig& model = options.model;
+  for (std::int64_t l = model.first_k_dense; l < model.num_layers; ++l) {
+    const LayerRouting layer = routing_of_layer(model, options.routing, options.overrides, l);
+    const RoutingConfig& routing = layer.routing;
+    // A first level may let tokens pass by.
+    const std::int64_t tokens =
+        find_stream(routing.stream).predicts
+            ? expert_capacity(routing.stream_capacity_factor, 0, 1, plan.micro_batch_tokens, 1)
+            : plan.micro_batch_tokens;
+    const SegmentPlan segment{
+        .first_layer = l,
+        .rows = tokens * layer.topk / model.num_experts,
+        .capacity = expert_capacity(routing.capacity_factor, routing.min_capacity, layer.topk,
+                                    tokens, model.num_experts),
+        .padded = routing.pad_to_capacity};
+    const bool known =
+        std::any_of(plan.segments.begin(), plan.segments.end(),
+                    [&](const SegmentPlan& other) { return other.same_rows(segment); });
+    if (!known) plan.segments.push_back(segment);
+  }
+}
+
+std::string segments_text(const TrainPlan& plan) {
+  if (plan.segments.empty()) return "segments     none, all layers are dense\n";
+  std::string text;
+  for (const SegmentPlan& segment : plan.segments) {
+    const std::string layers =
+        plan.segments.size() == 1 ? "" : fmt::format(" (layer {}...)", segment.first_layer);
+    text += fmt::format("segments     {} rows per expert and micro-batch when even, {}{}\n",
+                        grouped_digits(segment.rows),
+                        segment.capacity == 0
+                            ? "dropless"
+                            : fmt::format("{} {}", segment.padded ? "filled up to" : "at most",
+                                          grouped_digits(segment.capacity)),
+                        layers);
+  }
+  return text;
 }
 
 }  // namespace
@@ -82,11 +122,7 @@ TrainPlan make_plan(const TrainerOptions& options, int num_ranks, std::int64_t e
   plan.micro_batches = options.train.global_batch_seqs / options.train.micro_batch_seqs;
   plan.rounds = MicroBatchSchedule{plan.micro_batches, num_ranks}.rounds();
   plan.micro_batch_tokens = instance.micro_batch_tokens();
-  plan.rows_per_segment = plan.micro_batch_tokens * options.model.topk / options.model.num_experts;
-  plan.capacity =
-      expert_capacity(options.routing.capacity_factor, options.routing.min_capacity,
-                      options.model.topk, plan.micro_batch_tokens, options.model.num_experts);
-  plan.padded = options.routing.pad_to_capacity;
+  add_segments(options, plan);
   plan.training_flops_per_token =
       instance.transformer().training_flops_per_token(options.train.seq_len);
   plan.bytes = instance.byte_rows();
@@ -102,19 +138,15 @@ std::string to_text(const TrainPlan& plan) {
   std::string text = fmt::format(
       "parameters   {} total, {} active per token, {:.1f} MFLOP per token and step\n"
       "ranks        {} = EP {} x EDP {}, {} experts per rank, {} thread{} each\n"
-      "step         {} tokens in {} micro-batches of {}, {} round{}\n"
-      "segments     {} rows per expert and micro-batch when even, {}\n",
+      "step         {} tokens in {} micro-batches of {}, {} round{}\n",
       grouped_digits(plan.total_parameters), grouped_digits(plan.active_parameters),
       plan.training_flops_per_token / 1e6, plan.num_ranks, plan.ep_size,
       plan.num_ranks / plan.ep_size,
       *least == *most ? std::to_string(*most) : fmt::format("{} or {}", *least, *most),
       plan.threads_per_rank, plan.threads_per_rank == 1 ? "" : "s",
       grouped_digits(plan.tokens_per_step), plan.micro_batches,
-      grouped_digits(plan.micro_batch_tokens), plan.rounds, plan.rounds == 1 ? "" : "s",
-      grouped_digits(plan.rows_per_segment),
-      plan.capacity == 0 ? "dropless"
-                         : fmt::format("{} {}", plan.padded ? "filled up to" : "at most",
-                                       grouped_digits(plan.capacity)));
+      grouped_digits(plan.micro_batch_tokens), plan.rounds, plan.rounds == 1 ? "" : "s");
+  text += segments_text(plan);
   text += fmt::format("\n{:<40} {:>12} {:>12}\n", "memory of a rank", "even load", "worst case");
   std::int64_t even = 0;
   std::int64_t worst = 0;

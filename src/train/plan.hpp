@@ -8,6 +8,17 @@
 namespace arcus {
 
 /// What a run will be like on a number of ranks, worked out without starting any.
+struct SegmentPlan {
+  std::int64_t first_layer = 0;  ///< the first that routes so
+  std::int64_t rows = 0;         ///< T K / E: evenly loaded experts
+  std::int64_t capacity = 0;     ///< rows per (expert, micro-batch); 0 = dropless
+  bool padded = false;           ///< every segment has `capacity` rows
+
+  bool same_rows(const SegmentPlan& other) const {
+    return rows == other.rows && capacity == other.capacity && padded == other.padded;
+  }
+};
+
 struct TrainPlan {
   int num_ranks = 1;
   int ep_size = 1;
@@ -17,9 +28,7 @@ struct TrainPlan {
   std::int64_t tokens_per_step = 0;
   std::int64_t micro_batches = 0, rounds = 0;
   std::int64_t micro_batch_tokens = 0;
-  std::int64_t rows_per_segment = 0;  ///< T K / E: evenly loaded experts
-  std::int64_t capacity = 0;          ///< rows per (expert, micro-batch); 0 = dropless
-  bool padded = false;                ///< every segment has `capacity` rows
+  std::vector<SegmentPlan> segments;  ///< one for each way in which layers route
   double training_flops_per_token = 0;
   std::vector<ByteRow> bytes;       ///< of rank 0
   std::vector<std::string> advice;  ///< sentences; what could be better

@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "tests/support/one_layer.hpp"
+#include "tests/support/routing_reference.hpp"
 
 namespace arcus::testing {
 namespace {
@@ -132,21 +133,81 @@ TEST(StreamGate, SeesTheStreamBeforeAttention) {
   }
 }
 
-TEST(StreamGate, TargetLossIsTheSquaredDistanceOfTheMean) {
+RoutingCase with_target(const std::string& stream, double share) {
+  const RoutingCase plain = stream_case(stream);
+  return {stream, [=](ModelConfig& m, RoutingConfig& r) {
+            plain.apply(m, r);
+            r.aux_loss = 0;
+            r.stream_target_loss = 3;
+            r.stream_target_share = share;
+          }};
+}
+
+TEST(StreamGate, TargetOfTheMeanIsASquaredDistance) {
+  for (const char* stream : {"weighted", "capacity"}) {
+    OneLayer layer(with_target(stream, 0.2), 3, 16);
+    const Decision decision = decision_of(layer, true);
+    double mean = 0;
+    for (const float g : decision.gate) mean += static_cast<double>(g) / 48;
+    EXPECT_NEAR(layer.stats().aux_loss[0], 3 * (mean - 0.2) * (mean - 0.2), 1e-12);
+    EXPECT_NEAR(layer.stats().stream_gate[0], mean, 1e-12);
+  }
+}
+
+TEST(StreamGate, TargetOfTheSharePushesAllLogits) {
+  OneLayer layer(with_target("threshold", 0.2), 3, 16);
+  const Decision decision = decision_of(layer, true);
+  const double share = static_cast<double>(decision.tokens.size()) / 48;
+  double mean = 0;
+  for (const float g : decision.gate) mean -= std::log(1 / static_cast<double>(g) - 1) / 48;
+  EXPECT_NE(share, 0.2);
+  EXPECT_NEAR(layer.stats().aux_loss[0], 3 * (share - 0.2) * mean, 1e-6);
+}
+
+// Against slow and obvious numbers: with d the same for all, every token's experts count g times;
+// so do experts whose last products are g times as large.
+TEST(StreamGate, TheGateValueWeighsTheExperts) {
+  const float bias = 0.4F;
+  const float g = 1 / (1 + std::exp(-bias));
+  OneLayer plain(stream_case("none"), 3, 16);
+  for (float& w : plain.values_of("shared_experts.down_proj.weight")) w *= g;
+  const TensorView down = plain.rows_of("mlp.experts.down_proj.weight");
+  for (std::int64_t e = 0; e < down.rows; ++e) {
+    std::for_each_n(down.row<float>(e), down.cols, [=](float& w) { w *= g; });
+  }
+  const auto expected = plain.run(false, nothing);
+  OneLayer layer(stream_case("weighted"), 3, 16);
+  decide_alike(layer, bias);
+  const auto got = layer.run(false, nothing);
+  // Sums of some 30 products rounded at other places, then a norm and a head of 11 logits.
+  for (std::size_t t = 0; t < got.size(); ++t) EXPECT_NEAR(got[t], expected[t], 1e-5) << t;
+}
+
+// The tokens that pass by leave the others' routing as if they had been alone, and the losses too:
+// sums of the second level are over T' tokens, the weights of sequences over all.
+TEST(StreamGate, SequenceLossesAreMeansOfThoseWhoGo) {
   RoutingCase with = stream_case("threshold");
   const auto plain = with.apply;
-  with.apply = [&](ModelConfig& m, RoutingConfig& r) {
+  with.apply = [=](ModelConfig& m, RoutingConfig& r) {
     plain(m, r);
-    r.aux_loss = 0;
-    r.stream_target_loss = 3;
-    r.stream_target_share = 0.2;
+    r.aux_loss = 1;
+    r.aux_scope = "sequence";
   };
   OneLayer layer(with, 3, 16);
-  const Decision decision = decision_of(layer, true);
-  double mean = 0;
-  for (const float g : decision.gate) mean += static_cast<double>(g) / 48;
-  EXPECT_NEAR(layer.stats().aux_loss[0], 3 * (mean - 0.2) * (mean - 0.2), 1e-12);
-  EXPECT_NEAR(layer.stats().stream_gate[0], mean, 1e-12);
+  for (float& w : layer.values_of("stream_gate.weight")) w *= 50;
+  double expected = 0;
+  layer.run(true, [&](const MicroBatch& seen, const Routing& r) {
+    for (int sequence = 0; sequence < 3; ++sequence) {
+      reference::Table s;
+      for (std::int64_t i = 0; i < r.s.rows; ++i) {
+        if (seen.token_idx.as<std::int32_t>()[i] / 16 != sequence) continue;
+        s.emplace_back(r.s.row<float>(i), r.s.row<float>(i) + r.s.cols);
+      }
+      if (s.empty()) continue;
+      expected += reference::aux(s, reference::fractions(s, 8, 2)) / 3;
+    }
+  });
+  EXPECT_NEAR(layer.stats().aux_loss[0], expected, 1e-6);
 }
 
 }  // namespace

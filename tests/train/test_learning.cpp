@@ -200,5 +200,26 @@ TEST_F(Learning, EvaluationIsTheSameOnAnyLayout) {
   EXPECT_EQ(evaluate_on(4, 2), reference);
 }
 
+// A decision layer's share of the tokens comes to where its loss holds it, whatever it was at first.
+TEST_F(Learning, TheShareOfAStreamComesToItsTarget) {
+  for (const double target : {0.3, 0.7}) {
+    TrainerOptions options = small_training();
+    options.routing.stream = "threshold";
+    options.routing.stream_target_share = target;
+    options.routing.stream_target_loss = 0.1;
+    options.train.steps = 160;
+    TrainingRun run(*self_, 1, options, dataset_);
+    run.trainer().initialize();
+    double share = 0;
+    for (int step = 0; step < 160; ++step) {
+      StepRequests requests;
+      const StepMetrics& metrics = run.trainer().step(run.sampler(), requests);
+      if (step < 100) continue;
+      for (const LayerMetrics& layer : metrics.layers) share += layer.stream_share / 120;
+    }
+    EXPECT_NEAR(share, target, 0.1);
+  }
+}
+
 }  // namespace
 }  // namespace arcus::testing
