@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "comm/combining.hpp"
 #include "comm/token_dispatcher.hpp"
 #include "kernels/elementwise.hpp"
 #include "kernels/permute.hpp"
@@ -77,42 +78,21 @@ class FlatDispatcher final : public TokenDispatcher {
     add_scalars(args, row_scalars.data, recv_scalars_);
     slot_rows.scalars = {slot_scalars_, accumulate_dtype(options().dtype), plan.num_tokens,
                          plan.slots_per_token};
-    combined_.begin(comm().all_to_all_v(stream, args), plan, row_scalars.data);
+    combined_.own_scalars = static_cast<const char*>(row_scalars.data);
+    combined_.begin(comm().all_to_all_v(stream, args), plan);
     return Event(&combined_);
   }
 
  private:
   /// A combine with scalars: once they are here they go from send order to slot order.
-  class Combined final : public Pending {
+  class Combined final : public Combining {
    public:
     explicit Combined(FlatDispatcher& owner) : owner_(owner) {}
-    void begin(Event exchange, const DispatchPlan& plan, const void* own_scalars) {
-      exchange_ = exchange;
-      plan_ = &plan;
-      own_scalars_ = static_cast<const char*>(own_scalars);
-    }
-    bool test() override {
-      if (plan_ == nullptr) return true;
-      if (!exchange_.test()) return false;
-      finish();
-      return true;
-    }
-    void wait() override {
-      if (plan_ == nullptr) return;
-      exchange_.wait();
-      finish();
-    }
+    const char* own_scalars = nullptr;
 
    private:
-    void finish() {
-      exchange_ = Event();
-      owner_.place_scalars(*plan_, own_scalars_);
-      plan_ = nullptr;
-    }
+    void place(const DispatchPlan& plan) override { owner_.place_scalars(plan, own_scalars); }
     FlatDispatcher& owner_;
-    Event exchange_;
-    const DispatchPlan* plan_ = nullptr;
-    const char* own_scalars_ = nullptr;
   };
 
   /// Own rows are copied straight to their place, so they take no part in the exchange.

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <vector>
 
+#include "comm/combining.hpp"
 #include "comm/token_dispatcher.hpp"
 #include "kernels/elementwise.hpp"
 #include "kernels/permute.hpp"
@@ -68,6 +69,7 @@ class SharedDispatcher final : public TokenDispatcher {
         counted_(*this, &Board::counts),
         ready_(*this, &Board::ready),
         arrived_(*this, &Board::pushed),
+        returned_(*this, &Board::returned),
         pulled_(*this, &Board::pulled),
         combined_(*this) {}
 
@@ -134,7 +136,8 @@ class SharedDispatcher final : public TokenDispatcher {
       slot_rows.scalars = {slot_scalars_, accumulate_dtype(options().dtype), plan.num_tokens,
                            plan.slots_per_token};
     }
-    combined_.begin(plan, scalars);
+    combined_.scalars = scalars;
+    combined_.begin(returned_.until(num_combines_), plan);
     return Event(&combined_);
   }
 
@@ -199,35 +202,14 @@ class SharedDispatcher final : public TokenDispatcher {
   };
 
   /// A combine: once all results are there, slots point at them.
-  class Combined final : public Pending {
+  class Combined final : public Combining {
    public:
-    explicit Combined(SharedDispatcher& owner) : owner_(owner), all_(owner, &Board::returned) {}
-    void begin(const DispatchPlan& plan, bool scalars) {
-      plan_ = &plan;
-      scalars_ = scalars;
-      all_.until(owner_.num_combines_);
-    }
-    bool test() override {
-      if (plan_ == nullptr) return true;
-      if (!all_.test()) return false;
-      finish();
-      return true;
-    }
-    void wait() override {
-      if (plan_ == nullptr) return;
-      all_.wait();
-      finish();
-    }
+    explicit Combined(SharedDispatcher& owner) : owner_(owner) {}
+    bool scalars = false;
 
    private:
-    void finish() {
-      owner_.point_at_rows(*plan_, scalars_);
-      plan_ = nullptr;
-    }
+    void place(const DispatchPlan& plan) override { owner_.point_at_rows(plan, scalars); }
     SharedDispatcher& owner_;
-    Waiting all_;
-    const DispatchPlan* plan_ = nullptr;
-    bool scalars_ = false;
   };
 
   static std::size_t index(int rank) { return static_cast<std::size_t>(rank); }
@@ -308,7 +290,7 @@ class SharedDispatcher final : public TokenDispatcher {
   Arena scalars_;
   char* slot_scalars_;
   std::uint64_t num_plans_ = 0, num_dispatches_ = 0, num_combines_ = 0;
-  Waiting counted_, ready_, arrived_, pulled_;
+  Waiting counted_, ready_, arrived_, returned_, pulled_;
   Combined combined_;
 };
 

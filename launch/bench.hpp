@@ -37,6 +37,8 @@ double sum_over_ranks(Session& session, double value);
 ExitCode bench_gemm(Session& session, const BenchOptions& options);
 /// Bandwidth of dispatch and combine beside the library's Alltoallv of the same bytes.
 ExitCode bench_dispatch(Session& session, const BenchOptions& options);
+/// Time of a new token with a KV cache beside what reading the weights must take.
+ExitCode bench_generate(Session& session, const BenchOptions& options);
 /// Tokens per second of whole training steps beside a roofline, and the cost of order-independent
 /// sums.
 ExitCode bench_step(Session& session, const BenchOptions& options);

@@ -91,6 +91,8 @@ void add_bench_command(CLI::App& app, Action& action) {
                 "Experts' matrix products against the machine's own peak", bench_gemm);
   add_benchmark(*bench, action, args, "dispatch",
                 "Dispatch and combine against the MPI library's Alltoallv", bench_dispatch);
+  add_benchmark(*bench, action, args, "generate",
+                "New tokens with a KV cache against the memory's speed", bench_generate);
   CLI::App* step = add_benchmark(*bench, action, args, "step",
                                  "Whole training steps against a roofline", bench_step);
   step->add_flag("--account", args->options.account,

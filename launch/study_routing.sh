@@ -122,8 +122,8 @@ draw_experts() {
     "$out/$(echo $names | cut -d' ' -f1).json")
   {
     echo "set terminal svg size 900,$((90 * panels + 60)); set output '$out/experts.svg'"
-    echo "set multiplot layout $panels,1 title 'experts of the last layer by domain'"
-    echo "set palette defined (0 'white', 1 'dark-blue'); unset xtics; set ytics ($domains); set yrange [-0.5:2.5] reverse"
+    echo "set multiplot layout $panels,1 title 'experts of the last layer by domain, each routing on a scale of its own'"
+    echo "set palette defined (0 'white', 1 'dark-blue'); unset colorbox; unset xtics; set ytics ($domains); set yrange [-0.5:2.5] reverse"
     for name in $names; do
       echo "set ylabel '$name' noenhanced; plot '$out/$name.experts.dat' matrix with image notitle"
     done
