@@ -52,26 +52,22 @@ struct AddLeaf {
 };
 ARCUS_DECLARE_OP(add_leaf, AddLeaf)
 
-/// gradient = sum as f32 (f64 for f64): q to g by one rounding and an exact product.
-struct FinishGradient {
-  TensorView gradient;  ///< [1, n] f32 | f64
-  ConstTensorView sum;  ///< [1, n] i64 | f32 | f64
-};
-ARCUS_DECLARE_OP(finish_gradient, FinishGradient)
-
 /// Elements begin..begin + count of a flat array.
 struct ElementRange {
   std::int64_t begin = 0, count = 0;
 };
 
-/// result[b] = sum of squares of blocks[b], as 8 interleaved f64 sums (a block's element i to sum
-/// i mod 8), added 0..7: it depends on the block's elements alone, not on its place or neighbours.
-struct BlockSumsOfSquares {
-  TensorView result;                     ///< [1, B] f64
-  ConstTensorView gradient;              ///< [1, n] f32 | f64
-  std::span<const ElementRange> blocks;  ///< [B], inside gradient
+/// In every block: gradient = sum as f32 (f64 for f64), q to g by one rounding and an exact
+/// product; then sum = 0, for the next step. sums_of_squares[b] of the gradient of blocks[b], as 8
+/// interleaved f64 sums (a block's element i to sum i mod 8), added 0..7: it depends on the block's
+/// elements alone, not on its place or neighbours. One pass over the memory.
+struct FinishGradient {
+  TensorView gradient;                   ///< [1, n] f32 | f64
+  TensorView sum;                        ///< [1, n] i64 | f32 | f64, cleared
+  TensorView sums_of_squares;            ///< [1, B] f64
+  std::span<const ElementRange> blocks;  ///< [B], inside gradient and sum
 };
-ARCUS_DECLARE_OP(block_sums_of_squares, BlockSumsOfSquares)
+ARCUS_DECLARE_OP(finish_gradient, FinishGradient)
 
 /// AdamW [1711.05101] on n elements in place. g is multiplied by clip_factor first.
 struct AdamW {

@@ -76,7 +76,6 @@ constexpr Named kNamed[] = {
     {"combine", Family::gate},
     {"adamw", Family::optimizer},
     {"finish_gradient", Family::optimizer},
-    {"block_sums_of_squares", Family::optimizer},
     {"gradient norm", Family::optimizer},
     {"data", Family::data},
     {"reduction", Family::reduction},

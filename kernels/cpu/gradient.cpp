@@ -7,6 +7,7 @@
 #include <array>
 #include <bit>
 #include <cmath>
+#include <cstring>
 
 #include "kernels/cpu/leaf.hpp"
 #include "kernels/cpu/parallel.hpp"
@@ -142,26 +143,6 @@ void finish_range(A* gradient, const GradientSum& sum, std::int64_t count) {
   std::copy_n(static_cast<const A*>(sum.sum), count, gradient);
 }
 
-}  // namespace
-
-void finish_gradient(Stream& stream, const FinishGradient& args) {
-  ARCUS_CHECK(args.sum.size() == args.gradient.size(), "sum of {} elements, gradient of {}",
-              args.sum.size(), args.gradient.size());
-  ARCUS_CHECK(args.sum.dtype == DType::i64 ? args.gradient.dtype == DType::f32
-                                           : args.sum.dtype == args.gradient.dtype,
-              "a sum of {} does not become a gradient of {}", name_of(args.sum.dtype),
-              name_of(args.gradient.dtype));
-  dispatch_accumulate(args.gradient.dtype, [&]<class A>() {
-    A* gradient = args.gradient.as<A>();
-    const GradientSum sum{.sum = const_cast<void*>(args.sum.data), .dtype = args.sum.dtype};
-    parallel_rows(stream, args.sum.size(), kGrain, [&](std::int64_t begin, std::int64_t end, int) {
-      finish_range(gradient + begin, sum.at(begin), end - begin);
-    });
-  });
-}
-
-namespace {
-
 template <class A>
 double sum_of_squares(const A* gradient, std::int64_t count) {
   constexpr std::int64_t kSums = 8;
@@ -184,16 +165,25 @@ double sum_of_squares(const A* gradient, std::int64_t count) {
 
 }  // namespace
 
-void block_sums_of_squares(Stream& stream, const BlockSumsOfSquares& args) {
+void finish_gradient(Stream& stream, const FinishGradient& args) {
   const auto num_blocks = static_cast<std::int64_t>(args.blocks.size());
-  if (num_blocks == 0) return;
-  ARCUS_CHECK(args.result.size() == num_blocks, "{} sums of squares of {} blocks",
-              args.result.size(), num_blocks);
+  ARCUS_CHECK(args.sum.size() == args.gradient.size(), "sum of {} elements, gradient of {}",
+              args.sum.size(), args.gradient.size());
+  ARCUS_CHECK(args.sum.dtype == DType::i64 ? args.gradient.dtype == DType::f32
+                                           : args.sum.dtype == args.gradient.dtype,
+              "a sum of {} does not become a gradient of {}", name_of(args.sum.dtype),
+              name_of(args.gradient.dtype));
+  ARCUS_CHECK(args.sums_of_squares.size() == num_blocks, "{} sums of squares of {} blocks",
+              args.sums_of_squares.size(), num_blocks);
   dispatch_accumulate(args.gradient.dtype, [&]<class A>() {
-    const A* gradient = args.gradient.as<A>();
-    auto* result = args.result.as<double>();
+    A* gradient = args.gradient.as<A>();
+    auto* result = args.sums_of_squares.as<double>();
+    const GradientSum sum{.sum = args.sum.data, .dtype = args.sum.dtype};
     parallel_tasks(stream, num_blocks, [&](std::int64_t task, int) {
       const ElementRange& block = args.blocks[static_cast<std::size_t>(task)];
+      finish_range(gradient + block.begin, sum.at(block.begin), block.count);
+      std::memset(sum.at(block.begin).sum, 0,
+                  static_cast<std::size_t>(block.count) * size_of(args.sum.dtype));
       result[task] = sum_of_squares(gradient + block.begin, block.count);
     });
   });

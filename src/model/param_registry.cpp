@@ -152,8 +152,11 @@ void ParamStore::set_num_micro_batches(std::int64_t num_micro_batches) {
 
 void ParamStore::zero_sums(Stream& stream) {
   for (const FlatId flat : kFlatIds) {
-    if (flat_sums(flat).data != nullptr) fill_zero(stream, {.y = flat_sums(flat)});
+    if (flat_sums(flat).data != nullptr && !sums_cleared_) {
+      fill_zero(stream, {.y = flat_sums(flat)});
+    }
   }
+  sums_cleared_ = false;
   bad_leaf_->store(kNoBadLeaf);
 }
 

@@ -136,7 +136,10 @@ class ParamStore {
   GradientSum sums(ParamRef ref, std::int64_t local_expert = 0) const;
   /// Limits of |leaf| for a step of `num_micro_batches`.
   void set_num_micro_batches(std::int64_t num_micro_batches);
+  /// The start of a step: all sums are zero, no leaf is bad.
   void zero_sums(Stream& stream);
+  /// Who has read all sums has cleared them: the next zero_sums need not.
+  void set_sums_cleared() { sums_cleared_ = true; }
   BadLeafFlag& bad_leaf() const { return *bad_leaf_; }
   std::int64_t value_bytes() const;
   std::int64_t sum_bytes() const;
@@ -145,6 +148,7 @@ class ParamStore {
   const ParamRegistry* registry_;
   DType compute_, sum_dtype_;
   bool training_;
+  bool sums_cleared_ = false;
   std::int64_t num_micro_batches_ = 1;
   std::vector<Arena> values_, sums_;
   std::array<TensorView, 3> value_views_, sum_views_;

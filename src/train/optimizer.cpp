@@ -69,32 +69,35 @@ void Optimizer::plan_norm() {
 }
 
 void Optimizer::reduce_gradients() {
-  const Span span(instance_->stream(), "reduction");
-  instance_->world().meet(instance_->stream());
+  Stream& stream = instance_->stream();
+  const Span span(stream, "reduction");
+  instance_->world().meet(stream);
+  const TensorView parts(norm_parts_.data(), DType::f64, 1, std::ssize(norm_parts_));
+  std::int64_t position = norm_offsets_[static_cast<std::size_t>(instance_->world().rank())];
   for (Flat& flat : flats_) {
+    const auto blocks = static_cast<std::int64_t>(flat.blocks.size());
     if (instance_->registry().flat_size(flat.id) == 0) continue;
     const TensorView sums = instance_->params().flat_sums(flat.id);
     const FlatShards& shards = instance_->shards(flat.id);
-    Stream& stream = instance_->stream();
     stream.wait(instance_->group(flat.id).reduce_scatter_v(
         stream, {.buffer = sums, .counts = shards.counts, .offsets = shards.offsets}));
-    finish_gradient(stream,
-                    {.gradient = flat.gradient, .sum = sums.col_range(flat.begin, flat.count)});
+    finish_gradient(stream, {.gradient = flat.gradient,
+                             .sum = sums.col_range(flat.begin, flat.count),
+                             .sums_of_squares = parts.col_range(position, blocks),
+                             .blocks = flat.blocks});
+    // The parts of other ranks are done with too.
+    const std::int64_t end = flat.begin + flat.count;
+    fill_zero(stream, {.y = sums.col_range(0, flat.begin)});
+    fill_zero(stream, {.y = sums.col_range(end, sums.cols - end)});
+    position += blocks;
   }
+  instance_->params().set_sums_cleared();
 }
 
 double Optimizer::gradient_norm() {
-  const Span span(instance_->stream(), "gradient norm");
   Stream& stream = instance_->stream();
+  const Span span(stream, "gradient norm");
   const TensorView parts(norm_parts_.data(), DType::f64, 1, std::ssize(norm_parts_));
-  std::int64_t position = norm_offsets_[static_cast<std::size_t>(instance_->world().rank())];
-  for (const Flat& flat : flats_) {
-    const auto count = static_cast<std::int64_t>(flat.blocks.size());
-    block_sums_of_squares(stream, {.result = parts.col_range(position, count),
-                                   .gradient = flat.gradient,
-                                   .blocks = flat.blocks});
-    position += count;
-  }
   stream.wait(instance_->world().all_gather_v(
       stream, {.buffer = parts, .counts = norm_counts_, .offsets = norm_offsets_}));
   double sum = 0;

@@ -17,7 +17,7 @@ class Optimizer {
   /// Sums of all ranks to their owners, as gradients. Collective.
   void reduce_gradients();
   /// The norm over all parameters: blocks added in registry order, dense once, each expert once.
-  /// Collective; the same bits on every rank.
+  /// Of what reduce_gradients left. Collective; the same bits on every rank.
   double gradient_norm();
   /// One update of the owned blocks, then every rank's part to all. `update` counts applied
   /// updates, this one included (bias correction). Collective.

@@ -181,6 +181,16 @@ float finish_exactly(std::int64_t q) {
   return negative ? -result : result;
 }
 
+/// All elements as one block.
+void finish(Stream& stream, TensorView gradient, TensorView sum) {
+  const ElementRange all{0, sum.size()};
+  double squares = 0;
+  finish_gradient(stream, {.gradient = gradient,
+                           .sum = sum,
+                           .sums_of_squares = {&squares, DType::f64, 1, 1},
+                           .blocks = {&all, 1}});
+}
+
 TEST(FinishGradient, RoundsOnce) {
   std::vector<std::int64_t> q = {0,
                                  1,
@@ -202,8 +212,10 @@ TEST(FinishGradient, RoundsOnce) {
   Stream stream(2);
   std::vector<float> gradient(q.size());
   const auto n = std::ssize(q);
-  finish_gradient(stream, {.gradient = {gradient.data(), DType::f32, 1, n},
-                           .sum = {q.data(), DType::i64, 1, n}});
+  const std::vector<std::int64_t> sums = q;
+  finish(stream, {gradient.data(), DType::f32, 1, n}, {q.data(), DType::i64, 1, n});
+  EXPECT_EQ(q, std::vector<std::int64_t>(q.size())) << "sums are cleared for the next step";
+  q = sums;
   std::int64_t double_rounding_differs = 0;
   for (std::size_t i = 0; i < q.size(); ++i) {
     ASSERT_EQ(gradient[i], finish_exactly(q[i])) << q[i];
@@ -217,8 +229,10 @@ TEST(FinishGradient, PlainSumsAreCopied) {
   Stream stream(1);
   Matrix<double> sum(1, 33), gradient(1, 33);
   sum.randomize(1);
-  finish_gradient(stream, {.gradient = gradient.view(), .sum = sum.view()});
-  EXPECT_EQ(gradient.values, sum.values);
+  const auto values = sum.values;
+  finish(stream, gradient.view(), sum.view());
+  EXPECT_EQ(gradient.values, values);
+  EXPECT_EQ(sum.values, decltype(values)(values.size()));
 }
 
 /// Blocks of many sizes, one after the other with gaps between them.
@@ -237,9 +251,11 @@ std::vector<double> sums_of_squares(int threads, Matrix<A>& gradient,
                                     std::span<const ElementRange> blocks) {
   Stream stream(threads);
   std::vector<double> result(blocks.size(), -1);
-  block_sums_of_squares(stream, {.result = {result.data(), DType::f64, 1, std::ssize(result)},
-                                 .gradient = gradient.view(),
-                                 .blocks = blocks});
+  Matrix<A> sum = gradient;
+  finish_gradient(stream, {.gradient = gradient.view(),
+                           .sum = sum.view(),
+                           .sums_of_squares = {result.data(), DType::f64, 1, std::ssize(result)},
+                           .blocks = blocks});
   return result;
 }
 
