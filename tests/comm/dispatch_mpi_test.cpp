@@ -9,9 +9,12 @@ namespace {
 TEST(Dispatch, LawsOver200Routings) { laws::check_situations(*test_session().world(), 200); }
 
 TEST(Dispatch, LawsThroughSharedMemory) {
-  laws::check_situations(
-      *test_session().world(), 200,
-      test_session().world()->size() > 1 ? DispatchPath::shared : DispatchPath::automatic);
+  const auto world = test_session().world();
+  if (world->size() > 1 && world->share_memory(4096) == nullptr) {
+    GTEST_SKIP() << "processes cannot share memory here";
+  }
+  laws::check_situations(*world, 200,
+                         world->size() > 1 ? DispatchPath::shared : DispatchPath::automatic);
 }
 
 TEST(Dispatch, LawsWhenChecked) {
