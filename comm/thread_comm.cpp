@@ -157,6 +157,7 @@ class ThreadComm final : public Communicator {
     mine.memory = world_->keep(bytes);
     world_->meet();
     std::vector<char*> parts;
+    parts.reserve(static_cast<std::size_t>(size()));
     for (int peer = 0; peer < size(); ++peer) parts.push_back(world_->entry(peer).memory);
     world_->part();
     return std::make_unique<ThreadMemory>(std::move(parts), bytes);

@@ -80,9 +80,9 @@ ARCUS_DECLARE_OP(select_above, SelectAbove)
 
 /// index = the tokens with a choice (>= 0), ascending; `count` of them.
 struct ListChosen {
-  TensorView index;            ///< [1, T] i32
+  TensorView index;  ///< [1, T] i32
   std::int64_t* count = nullptr;
-  ConstTensorView chosen;      ///< [T, 1] i32
+  ConstTensorView chosen;  ///< [T, 1] i32
 };
 ARCUS_DECLARE_OP(list_chosen, ListChosen)
 

@@ -200,7 +200,8 @@ TEST_F(Learning, EvaluationIsTheSameOnAnyLayout) {
   EXPECT_EQ(evaluate_on(4, 2), reference);
 }
 
-// A decision layer's share of the tokens comes to where its loss holds it, whatever it was at first.
+// A decision layer's share of the tokens comes to where its loss holds it, whatever it was at
+// first.
 TEST_F(Learning, TheShareOfAStreamComesToItsTarget) {
   for (const double target : {0.3, 0.7}) {
     TrainerOptions options = small_training();
