@@ -4,6 +4,8 @@
 
 #include <functional>
 #include <set>
+#include <span>
+#include <string_view>
 
 #include "launch/threads.hpp"
 #include "src/base/error.hpp"
@@ -128,26 +130,28 @@ auto naming_others(const std::filesystem::path& path, Fn&& fn) {
   }
 }
 
-void load_weights(Session& session, LoadedModel& loaded) {
-  const auto views = loaded.instance->parameter_views();
-  load_checkpoint(session.comm(), *loaded.stream, loaded.path, views, Match::subset);
-  loaded.instance->finish_reading();
-}
-
-/// A routing that leaves out parameters of the model is another model.
-void check_all_used(const LoadedModel& loaded, const Checkpoint& checkpoint) {
-  std::set<std::string, std::less<>> names;
-  for (const ParamRow& row : loaded.instance->registry().rows()) names.insert(row.name);
+/// A configuration that leaves out part of what the model computes with is another model.
+void check_all_used(const std::filesystem::path& path, const Checkpoint& checkpoint,
+                    std::span<const StateView> views) {
+  std::set<std::string_view> used;
+  for (const StateView& view : views) used.insert(view.spec.name);
   for (const StoredTensor& tensor : checkpoint.tensors) {
+    // What only training needs has a folder before its name: optimizer/, counters/, balance/.
     const std::string& name = tensor.spec.name;
-    const bool parameter = name.ends_with(".weight") || name.ends_with(".bias") ||
-                           name.ends_with("temperature") || name.ends_with("noise_weight");
-    ARCUS_REQUIRE(!parameter || name.starts_with("optimizer/") || names.contains(name),
-                  ExitCode::usage,
+    ARCUS_REQUIRE(name.find('/') != std::string::npos || used.contains(name), ExitCode::usage,
                   "{} holds {}, which the configuration has no use for; leave out --set options "
                   "that change what the model is",
-                  loaded.path.string(), name);
+                  path.string(), name);
   }
+}
+
+void load_weights(Session& session, const Checkpoint& checkpoint, LoadedModel& loaded) {
+  const auto views = loaded.instance->parameter_views();
+  session.together([&] { check_all_used(loaded.path, checkpoint, views); });
+  naming_others(loaded.path, [&] {
+    load_checkpoint(session.comm(), *loaded.stream, loaded.path, views, Match::subset);
+  });
+  loaded.instance->finish_reading();
 }
 
 LoadedModel load(Session& session, const std::filesystem::path& path,
@@ -184,8 +188,7 @@ LoadedModel load(Session& session, const std::filesystem::path& path,
   change(options);
   loaded.instance = std::make_unique<ModelInstance>(make_process_groups(session.comm(), ep_size),
                                                     *loaded.stream, options);
-  session.together([&] { check_all_used(loaded, checkpoint); });
-  naming_others(loaded.path, [&] { load_weights(session, loaded); });
+  load_weights(session, checkpoint, loaded);
   loaded.instance->build_primitives();
   return loaded;
 }

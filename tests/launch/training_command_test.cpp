@@ -290,6 +290,29 @@ TEST_F(TrainingCommand, EveryBenchmarkRunsAtATinySize) {
   EXPECT_EQ(tracks, (std::set<int>{0, 1}));
 }
 
+// A text must not depend on its neighbours, in layers of another routing either.
+TEST_F(TrainingCommand, EvaluationAndGenerationKeepToTheTrainedModel) {
+  const ShellResult trained =
+      arcus(0, train("two_level",
+                     "--set train.steps=5 --set routing.stream=threshold --set "
+                     "routing.override.0.layers=0 --set "
+                     "routing.override.0.eval_capacity_factor=0.25"));
+  ASSERT_EQ(trained.code, 0) << trained.out;
+  const std::string run = run_dir("two_level");
+  const ShellResult other = arcus(0, "eval " + run + " --set routing.stream=none");
+  EXPECT_EQ(other.code, 64) << other.out;
+  EXPECT_TRUE(contains(other.out, "stream_gate.weight, which the configuration has no use for"))
+      << other.out;
+  const std::string generate = "generate " + run + " --temperature 0 --max-tokens 8 --ignore-eos";
+  const ShellResult alone = arcus(0, generate + " --raw --prompt \"last of five\" 2>/dev/null");
+  const ShellResult fifth = arcus(0, generate +
+                                         " --raw --prompt a --prompt b --prompt c --prompt d "
+                                         "--prompt \"last of five\" 2>/dev/null");
+  EXPECT_EQ(alone.code, 0) << alone.out;
+  ASSERT_GE(fifth.out.size(), alone.out.size());
+  EXPECT_TRUE(fifth.out.ends_with(alone.out)) << alone.out << "\nbeside others: " << fifth.out;
+}
+
 TEST_F(TrainingCommand, OutputThatCannotBeWrittenIsAnError) {
   if (!fs::exists("/dev/full")) GTEST_SKIP() << "no /dev/full";
   for (const std::string& command : {"inspect --held-out words " + data(),
