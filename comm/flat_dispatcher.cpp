@@ -3,7 +3,6 @@
 
 #include "comm/combining.hpp"
 #include "comm/token_dispatcher.hpp"
-#include "kernels/elementwise.hpp"
 #include "kernels/permute.hpp"
 
 namespace arcus {
@@ -51,10 +50,7 @@ class FlatDispatcher final : public TokenDispatcher {
     const bool scalars = slot_scalars.data != nullptr || row_scalars.data != nullptr;
     check_dispatch(plan, tokens, slot_scalars, rows, row_scalars);
     pack(stream, plan, tokens, slot_scalars, rows, row_scalars);
-    if (rows.data != nullptr) {
-      fill_zero(stream, {.y = {static_cast<char*>(rows.data) + plan.num_recv_rows * row_bytes_,
-                               options().dtype, kWgradRowPadding, options().hidden_size}});
-    }
+    clear_padding(stream, plan, rows);
     AllToAllV args = {send_rows_,   send_counts_,      plan.send_offsets, rows.data,
                       recv_counts_, plan.recv_offsets, row_bytes_};
     if (scalars) add_scalars(args, send_scalars_, row_scalars.data);

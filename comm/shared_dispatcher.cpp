@@ -6,7 +6,6 @@
 
 #include "comm/combining.hpp"
 #include "comm/token_dispatcher.hpp"
-#include "kernels/elementwise.hpp"
 #include "kernels/permute.hpp"
 #include "kernels/profile.hpp"
 
@@ -103,10 +102,7 @@ class SharedDispatcher final : public TokenDispatcher {
     mine.rows = offset_of(rows.data);
     mine.row_scalars = scalars ? offset_of(row_scalars.data) : -1;
     raise(mine.ready, ++num_dispatches_);
-    if (rows.data != nullptr) {
-      fill_zero(stream, {.y = {static_cast<char*>(rows.data) + plan.num_recv_rows * row_bytes_,
-                               options().dtype, kWgradRowPadding, options().hidden_size}});
-    }
+    clear_padding(stream, plan, rows);
     // The own rows first: others may not be ready yet.
     for (int i = 0; i < comm().size(); ++i) {
       const int peer = (comm().rank() + i) % comm().size();

@@ -5,6 +5,7 @@
 #include <limits>
 #include <vector>
 
+#include "kernels/elementwise.hpp"
 #include "kernels/profile.hpp"
 #include "src/base/hash.hpp"
 
@@ -186,6 +187,14 @@ void TokenDispatcher::check_dispatch(const DispatchPlan& plan, const ConstTensor
   if (slot_scalars.data == nullptr && row_scalars.data == nullptr) return;
   check_scalars("slot", slot_scalars, plan.num_tokens * plan.slots_per_token);
   check_scalars("row", row_scalars, plan.num_recv_rows);
+}
+
+void TokenDispatcher::clear_padding(Stream& stream, const DispatchPlan& plan,
+                                    TensorView rows) const {
+  if (rows.data == nullptr) return;
+  const std::int64_t row_bytes = options_.hidden_size * size_of(options_.dtype);
+  fill_zero(stream, {.y = {static_cast<char*>(rows.data) + plan.num_recv_rows * row_bytes,
+                           options_.dtype, kWgradRowPadding, options_.hidden_size}});
 }
 
 void TokenDispatcher::check_combine(const DispatchPlan& plan, const ConstTensorView& rows,

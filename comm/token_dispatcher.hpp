@@ -85,6 +85,8 @@ class TokenDispatcher {
                       const ConstTensorView& row_scalars) const;
   void check_combine(const DispatchPlan& plan, const ConstTensorView& rows,
                      const ConstTensorView& row_scalars) const;
+  /// Clears the rows behind the last one that arrives, which weight gradients read.
+  void clear_padding(Stream& stream, const DispatchPlan& plan, TensorView rows) const;
   /// Takes `sent`, one message for every rank, to the ranks; `received` is what came from each.
   virtual void exchange_messages(Stream& stream, std::span<const std::int64_t> sent,
                                  std::span<std::int64_t> received, DispatchPlan& plan);

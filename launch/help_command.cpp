@@ -7,7 +7,7 @@
 #include "launch/option_table.hpp"
 #include "launch/run_config.hpp"
 #include "src/base/error.hpp"
-#include "src/model/routing.hpp"
+#include "src/model/routing_rules.hpp"
 
 namespace arcus {
 namespace {
@@ -30,7 +30,7 @@ int print_help(const CLI::App& app, const std::string& topic) {
   } else if (topic == "config") {
     fmt::print("{}", config_help());
   } else if (topic == "routing") {
-    fmt::print("{}", combinations_table());
+    fmt::print("{}", combinations_text());
   } else if (topic == "exit-codes") {
     fmt::print("{}", kExitCodes);
   } else if (const CLI::App* command = find_command(app, topic)) {

@@ -107,6 +107,8 @@ std::vector<std::string> names_of(const Table& table) {
 Limits auto_or_positive() { return {.min = 0, .max = kMostCounted, .auto_is_zero = true}; }
 /// Coefficients of losses: beyond it only overflows lie.
 constexpr double kMostCoefficient = 1e6;
+/// Counted in millionths, times the choices of a micro-batch.
+constexpr double kMostCapacityFactor = 1e6;
 /// Sizes that are multiplied with each other: far above any model, far below an overflow.
 Limits size_of_at_least(double min) { return between(min, kMostSize); }
 
@@ -182,10 +184,10 @@ std::vector<Option> routing_options() {
              one_of({"top2_sum", "max"})),
       option("capacity_factor", &C::capacity_factor,
              "rows an expert takes per micro-batch, in units of K T / E; 0 = dropless",
-             at_least(0)),
+             between(0, kMostCapacityFactor)),
       option("min_capacity", &C::min_capacity, "least capacity in rows", at_least(0)),
       option("eval_capacity_factor", &C::eval_capacity_factor,
-             "capacity_factor in evaluation; 0 = dropless", at_least(0)),
+             "capacity_factor in evaluation; 0 = dropless", between(0, kMostCapacityFactor)),
       option("drop_policy", &C::drop_policy,
              "who stays when too many want an expert: the earlier tokens or the higher scores",
              one_of({"position", "probs"})),

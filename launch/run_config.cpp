@@ -13,6 +13,7 @@
 
 #include "launch/option_table.hpp"
 #include "src/base/error.hpp"
+#include "src/model/routing_rules.hpp"
 
 namespace arcus {
 namespace {
@@ -489,6 +490,33 @@ std::vector<RoutingOverride> resolve_overrides(const Config& config) {
     overrides.push_back(std::move(result));
   }
   return overrides;
+}
+
+std::vector<std::string> keys_without_effect(const Config& config) {
+  const Section& section = *find_section("routing");
+  const std::vector<RoutingOverride> overrides = resolve_overrides(config);
+  std::vector<std::string> lines;
+  const auto report = [&](const std::string& prefix, const KeyUse& use, const RoutingConfig& row) {
+    const Option& option = *section.find(std::string(use.key));
+    const Value value = option.get(&row);
+    if (value == option.get(section.defaults.get())) return;
+    lines.push_back(fmt::format("{}.{} = {} has no effect without {}", prefix, use.key,
+                                to_toml_text(option, value), use.needs));
+  };
+  for (const KeyUse& use : key_uses()) {
+    // Layers that an override names take the key from [routing] where their row does not give it.
+    bool used = use.used(config.routing);
+    for (std::size_t i = 0; i < overrides.size(); ++i) {
+      const RoutingConfig& routing = overrides[i].with.routing;
+      if (!config.routing_overrides[i].given.contains(std::string(use.key))) {
+        used = used || use.used(routing);
+      } else if (!use.used(routing)) {
+        report(fmt::format("routing.override.{}", i), use, routing);
+      }
+    }
+    if (!used) report("routing", use, config.routing);
+  }
+  return lines;
 }
 
 }  // namespace arcus

@@ -61,6 +61,10 @@ std::string config_help();
 /// is no range of numbers.
 std::vector<RoutingOverride> resolve_overrides(const Config& config);
 
+/// Keys of [routing] and its overrides that differ from their defaults but that other keys leave
+/// without effect, each with what it would need. The configuration must be valid.
+std::vector<std::string> keys_without_effect(const Config& config);
+
 /// Cross-field rules. Throws (usage) naming the fields, their values and a value that would do.
 /// Rules that need the data or the number of ranks are checked where those are known.
 void validate(const Config& config);

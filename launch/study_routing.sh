@@ -54,12 +54,15 @@ train_and_evaluate() {
   mv "$out/$name.tmp" "$out/$name.json"
 }
 
-# Largest / mean of the held-out text's tokens per expert, of the worst layer; experts that got less
-# than a twentieth of their share; both over all domains.
+# Of the held-out text's tokens per expert: largest / mean of the worst layer, with the domains in equal
+# parts, as the configurations train on them, and with each as long as it is; experts that got less
+# than a twentieth of their share, domains in equal parts.
 load_of() {
-  jq -r '[.eval[].tokens_per_expert] | transpose | map(select(.[0] | length > 0) | transpose | map(add))
-    | map({load: (max * length / add), dead: (add as $sum | length as $n | map(select(. * $n * 20 < $sum)) | length)})
-    | "\(map(.load) | max | . * 100 | round / 100) \(map(.dead) | add)"' "$1"
+  jq -r 'def load: max * length / add;
+    [.eval[].tokens_per_expert] | transpose | map(select(.[0] | length > 0))
+    | map({equal: (map(add as $sum | map(. / $sum)) | transpose | map(add)), whole: (transpose | map(add))})
+    | map(. + {dead: (.equal | add as $sum | length as $n | map(select(. * $n * 20 < $sum)) | length)})
+    | "\(map(.equal | load) | max | . * 100 | round / 100) \(map(.whole | load) | max | . * 100 | round / 100) \(map(.dead) | add)"' "$1"
 }
 
 # Of the last fifth of the steps: dropped share of the assignments, entropy (nats), share of the tokens
@@ -80,22 +83,23 @@ write_report() {
     echo "# Routings on the same text"
     echo
     echo "$steps steps of 2048 tokens each, two ranks, \`launch/study_routing.sh --steps $steps\`. Held-out text"
-    echo "in bits per byte; load = tokens of the busiest expert / mean, worst layer, held-out text; dead ="
-    echo "experts with less than a twentieth of their share there; dropped, entropy, share of the tokens that"
-    echo "go through the experts, and time of training."
+    echo "in bits per byte; load = tokens of the busiest expert / mean on held-out text, worst layer, with the"
+    echo "domains in equal parts as in training; whole = the same with each domain as long as it is; dead ="
+    echo "experts with less than a twentieth of their share; dropped, entropy, share of the tokens that go"
+    echo "through the experts, and time of training."
     echo
-    echo "| routing | prose | code | chinese | load | dead | dropped % | entropy | routed % | ms/step |"
-    echo "|---|---|---|---|---|---|---|---|---|---|"
+    echo "| routing | prose | code | chinese | load | whole | dead | dropped % | entropy | routed % | ms/step |"
+    echo "|---|---|---|---|---|---|---|---|---|---|---|"
     for name in $names; do
       # shellcheck disable=SC2046
       set -- $(jq -r '[.eval[].bits_per_byte | . * 1000 | round / 1000 | tostring] | join(" ")' "$out/$name.json") \
         $(load_of "$out/$name.json") $(training_of "$out/$name/metrics.jsonl")
-      echo "| $name | $1 | $2 | $3 | $4 | $5 | $6 | $7 | $8 | $9 |"
+      echo "| $name | $1 | $2 | $3 | $4 | $5 | $6 | $7 | $8 | $9 | ${10} |"
     done
     echo
-    echo "![loss](loss.svg)"
+    echo "![loss](loss.png)"
     echo
-    echo "![experts by domain](experts.svg)"
+    echo "![experts by domain](experts.png)"
   } >"$report"
   echo "written: $report"
 }
@@ -106,7 +110,7 @@ draw_losses() {
     jq -r 'select(.ce) | "\(.step) \(.ce)"' "$out/$name/metrics.jsonl" >"$out/$name.dat"
     plots="$plots${plots:+, }'$out/$name.dat' smooth bezier title '$name' noenhanced"
   done
-  gnuplot -e "set terminal svg size 900,600; set output '$out/loss.svg'; set xlabel 'step';
+  gnuplot -e "set terminal pngcairo size 900,600; set output '$out/loss.png'; set xlabel 'step';
     set ylabel 'cross-entropy, nats'; set key outside; plot $plots"
 }
 
@@ -121,7 +125,7 @@ draw_experts() {
   domains=$(jq -r '[.eval | keys_unsorted[]] | to_entries | map("\"\(.value)\" \(.key)") | join(", ")' \
     "$out/$(echo $names | cut -d' ' -f1).json")
   {
-    echo "set terminal svg size 900,$((90 * panels + 60)); set output '$out/experts.svg'"
+    echo "set terminal pngcairo size 900,$((90 * panels + 60)); set output '$out/experts.png'"
     echo "set multiplot layout $panels,1 title 'experts of the last layer by domain, each routing on a scale of its own'"
     echo "set palette defined (0 'white', 1 'dark-blue'); unset colorbox; unset xtics; set ytics ($domains); set yrange [-0.5:2.5] reverse"
     for name in $names; do

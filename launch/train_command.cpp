@@ -1,4 +1,5 @@
 #include <fmt/format.h>
+#include <spdlog/spdlog.h>
 
 #include <algorithm>
 #include <filesystem>
@@ -58,6 +59,7 @@ int print_plan(const Arguments& arguments) {
                           : std::max(1, available_cores() / arguments.ranks);
   const TrainerOptions options = trainer_options(config, resolve_model(config, data));
   fmt::print("{}", to_text(make_plan(options, arguments.ranks, config.parallel.ep_size, threads)));
+  for (const std::string& line : keys_without_effect(config)) spdlog::warn("{}", line);
   return static_cast<int>(ExitCode::ok);
 }
 

@@ -5,6 +5,7 @@
 
 #include "kernels/elementwise.hpp"
 #include "kernels/norm.hpp"
+#include "src/model/leaves.hpp"
 
 namespace arcus {
 namespace {
@@ -166,12 +167,7 @@ void AttentionLayer::backward(PassContext& ctx, const ParamStore& params, Tensor
   const ArenaScope scope(ctx.scratch);
   const DType compute = h.dtype;
   const AttentionShape sizes = shape(ctx.batch.num_seqs, ctx.batch.seq_len);
-  const auto leaf = [&](ParamRef ref, TensorView dy, ConstTensorView x) {
-    if (const GradientSum sum = params.sums(ref); sum.sum != nullptr) {
-      linear_wgrad(ctx.stream, {.dweight = sum, .dy = dy, .x = x, .micro_batch = ctx.batch.number});
-    }
-  };
-  leaf(o_, dout, saved.out);
+  add_leaves(ctx, params, dout, saved.out, o_);
   const TensorView dattention = ctx.scratch.allocate(compute, h.rows, q_size_);
   linear_dgrad(ctx.stream, {.dx = dattention, .dy = dout, .weight = params.values(o_)});
 
@@ -199,19 +195,9 @@ void AttentionLayer::backward(PassContext& ctx, const ParamStore& params, Tensor
   if (q_norm_.valid()) normalize_backward(ctx, params, dqkv, saved);
   // Each projection is a tensor of its own, so that a bad leaf is named and frozen ones are
   // skipped.
-  leaf(q_, dqkv.col_range(0, q_size_), h);
-  leaf(k_, dqkv.col_range(q_size_, kv_size_), h);
-  leaf(v_, dqkv.col_range(q_size_ + kv_size_, kv_size_), h);
-  const auto bias_leaf = [&](ParamRef ref, std::int64_t begin, std::int64_t size) {
-    if (!ref.valid()) return;
-    if (const GradientSum sum = params.sums(ref); sum.sum != nullptr) {
-      bias_grad(ctx.stream,
-                {.dbias = sum, .dy = dqkv.col_range(begin, size), .micro_batch = ctx.batch.number});
-    }
-  };
-  bias_leaf(q_bias_, 0, q_size_);
-  bias_leaf(k_bias_, q_size_, kv_size_);
-  bias_leaf(v_bias_, q_size_ + kv_size_, kv_size_);
+  add_leaves(ctx, params, dqkv.col_range(0, q_size_), h, q_, q_bias_);
+  add_leaves(ctx, params, dqkv.col_range(q_size_, kv_size_), h, k_, k_bias_);
+  add_leaves(ctx, params, dqkv.col_range(q_size_ + kv_size_, kv_size_), h, v_, v_bias_);
   linear_dgrad(ctx.stream, {.dx = dh, .dy = dqkv, .weight = params.values(q_, 0, qkv_size())});
 }
 

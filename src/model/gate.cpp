@@ -27,8 +27,7 @@ Gate::Gate(const ModelConfig& model, const RoutingConfig& routing, const std::st
   if (routing.gate_bias) bias_ = add("bias", {e}, ParamInit::zeros);
   if (cosine) temperature_ = add("temperature", {1}, ParamInit::ones);
   if (find_select(routing.select).predicts) {
-    predictor_weight_ = add("predictor.weight", {e, model.hidden_size}, ParamInit::normal);
-    predictor_bias_ = add("predictor.bias", {e}, ParamInit::zeros);
+    predictor_.emplace(prefix + "gate.", e, model.hidden_size, registry);
   }
   if (routing.noise > 0)
     noise_weight_ = add("noise_weight", {e, model.hidden_size}, ParamInit::zeros);
@@ -65,7 +64,7 @@ Routing Gate::allocate(Arena& arena, std::int64_t num_tokens, DType compute) con
     r.z_clean = arena.allocate(acc, num_tokens, e);
   }
   if (noise_weight_.valid()) r.noise_logits = arena.allocate(acc, num_tokens, e);
-  if (predictor_weight_.valid()) r.predictor = arena.allocate(acc, num_tokens, e);
+  if (predictor_) r.predictor = arena.allocate(acc, num_tokens, e);
   if (temperature_.valid()) {
     r.inv_norm = arena.allocate(acc, num_tokens, 1);
     r.cosine = arena.allocate(acc, num_tokens, e);
@@ -82,8 +81,7 @@ ConstTensorView Gate::input_of(ConstTensorView x, const Routing& routing) const 
 void Gate::logits(PassContext& ctx, const ParamStore& params, ConstTensorView x,
                   Routing& routing) const {
   const GateContext gate{ctx, model_, routing_, routing};
-  const auto flag_key = bad_leaf_key(params.registry().row(weight_).first_unit_idx,
-                                     std::max<std::int64_t>(0, ctx.batch.number));
+  const std::int64_t flag_key = forward_flag_key(ctx, params, weight_);
   const bool jitters = routing_.jitter > 0 && ctx.training;
   if (jitters) {
     jitter(ctx.stream, {.y = routing.x_wide,
@@ -115,14 +113,7 @@ void Gate::logits(PassContext& ctx, const ParamStore& params, ConstTensorView x,
                                .temperature = params.values(temperature_),
                                .bias = bias});
   }
-  if (predictor_weight_.valid()) {
-    gate_logits(ctx.stream, {.z = routing.predictor,
-                             .x = input_of(x, routing),
-                             .weight = params.values(predictor_weight_),
-                             .bias = params.values(predictor_bias_),
-                             .flag = &params.bad_leaf(),
-                             .flag_key = flag_key});
-  }
+  if (predictor_) predictor_->forward(ctx, params, routing.predictor, input_of(x, routing));
   if (!noise_weight_.valid() || !ctx.training) return;
   if (routing.z_clean.data != nullptr) cast(ctx.stream, {.y = routing.z_clean, .x = routing.z});
   gate_logits(ctx.stream, {.z = routing.noise_logits,
@@ -220,12 +211,7 @@ void Gate::report(PassContext& ctx, Routing& routing) const {
                    .topk = model_.topk});
   ctx.stats.z_loss[layer] = routing_.z_loss * ctx.batch.weight * z_loss;
   ctx.stats.aux_loss[layer] = ctx.stats.predictor_loss[layer] = 0;
-  if (predictor_weight_.valid()) {
-    double loss = 0;
-    predictor_loss(ctx.stream,
-                   {.loss = &loss, .logits = routing.predictor, .topk_idx = routing.topk_idx});
-    ctx.stats.predictor_loss[layer] = ctx.batch.weight * loss;
-  }
+  if (predictor_) predictor_->report(ctx, routing.predictor, routing.topk_idx);
   for (const BalanceRow& row : balance_table()) {
     if (row.active(routing_)) row.forward({ctx, model_, routing_, routing});
   }
@@ -262,7 +248,6 @@ void Gate::backward(PassContext& ctx, const ParamStore& params, TensorView dx,
 void Gate::logits_backward(PassContext& ctx, const ParamStore& params, TensorView dx, TensorView dz,
                            ConstTensorView x, const Routing& routing) const {
   const ArenaScope scope(ctx.scratch);
-  const std::int64_t number = ctx.batch.number;
   const std::int64_t e = model_.num_experts;
   const ConstTensorView input = input_of(x, routing);
   // The noise's width sees the gradient of the scores alone, the load loss adds to both.
@@ -271,43 +256,34 @@ void Gate::logits_backward(PassContext& ctx, const ParamStore& params, TensorVie
     dnoise = allocate_padded(ctx.scratch, dz.dtype, dz.rows, e);
     noise_backward(ctx, dnoise, dz, routing);
   }
-  if (bias_.valid()) {
-    if (const GradientSum sum = params.sums(bias_); sum.sum != nullptr) {
-      bias_grad(ctx.stream, {.dbias = sum, .dy = dz, .micro_batch = number});
-    }
-  }
+  add_leaves(ctx, params, dz, input, {}, bias_);
   TensorView dy = dz;  // what the weight's gradient is made of
-  const GradientSum dweight = params.sums(weight_);
   if (temperature_.valid()) {
     dy = allocate_padded(ctx.scratch, dz.dtype, dz.rows, e);
     cosine_logits_backward(ctx.stream, {.dz = dz,
                                         .e_scaled = dy,
                                         .dtemperature = params.sums(temperature_),
-                                        .dweight = dweight,
+                                        .dweight = params.sums(weight_),
                                         .cosine = routing.cosine,
                                         .temperature = params.values(temperature_),
                                         .w_hat = routing.w_hat,
                                         .w_inv_norm = routing.w_inv_norm,
                                         .scratch = ctx.scratch.allocate(
                                             DType::f64, 2, std::max(e, model_.hidden_size)),
-                                        .micro_batch = number});
+                                        .micro_batch = ctx.batch.number});
   }
   linear_dgrad(ctx.stream,
                {.dx = dx,
                 .dy = dz,
                 .weight = temperature_.valid() ? routing.w_hat : params.values(weight_)});
-  if (dweight.sum != nullptr) {
-    linear_wgrad(ctx.stream, {.dweight = dweight, .dy = dy, .x = input, .micro_batch = number});
-  }
-  if (predictor_weight_.valid()) predictor_backward(ctx, params, input, routing);
+  add_leaves(ctx, params, dy, input, weight_);
+  if (predictor_) predictor_->backward(ctx, params, routing.predictor, routing.topk_idx, input);
   if (noise_weight_.valid()) {
     const TensorView through_noise = ctx.scratch.allocate(dx.dtype, dx.rows, dx.cols);
     linear_dgrad(ctx.stream,
                  {.dx = through_noise, .dy = dnoise, .weight = params.values(noise_weight_)});
     add(ctx.stream, {.y = dx, .a = dx, .b = through_noise});
-    if (const GradientSum sum = params.sums(noise_weight_); sum.sum != nullptr) {
-      linear_wgrad(ctx.stream, {.dweight = sum, .dy = dnoise, .x = input, .micro_batch = number});
-    }
+    add_leaves(ctx, params, dnoise, input, noise_weight_);
   }
   if (temperature_.valid()) {
     normalize_rows_backward(
@@ -319,25 +295,6 @@ void Gate::logits_backward(PassContext& ctx, const ParamStore& params, TensorVie
                         .x = dx,
                         .amount = routing_.jitter,
                         .draws = GateContext{ctx, model_, routing_, view}.draws("gate jitter")});
-  }
-}
-
-/// Reaches the predictor alone: its input is held fixed.
-void Gate::predictor_backward(PassContext& ctx, const ParamStore& params, ConstTensorView input,
-                              const Routing& routing) const {
-  const ArenaScope scope(ctx.scratch);
-  const std::int64_t number = ctx.batch.number;
-  const TensorView dlogits = allocate_padded(ctx.scratch, routing.predictor.dtype,
-                                             routing.predictor.rows, model_.num_experts);
-  predictor_loss(ctx.stream, {.dlogits = dlogits,
-                              .logits = routing.predictor,
-                              .topk_idx = routing.topk_idx,
-                              .coeff = ctx.batch.weight});
-  if (const GradientSum sum = params.sums(predictor_weight_); sum.sum != nullptr) {
-    linear_wgrad(ctx.stream, {.dweight = sum, .dy = dlogits, .x = input, .micro_batch = number});
-  }
-  if (const GradientSum sum = params.sums(predictor_bias_); sum.sum != nullptr) {
-    bias_grad(ctx.stream, {.dbias = sum, .dy = dlogits, .micro_batch = number});
   }
 }
 

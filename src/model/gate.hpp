@@ -1,9 +1,10 @@
 #pragma once
 
+#include <optional>
 #include <string>
 
 #include "kernels/gate_input.hpp"
-#include "src/model/param_registry.hpp"
+#include "src/model/predictor.hpp"
 #include "src/model/routing.hpp"
 
 namespace arcus {
@@ -54,12 +55,10 @@ class Gate {
   void noise_backward(PassContext& ctx, TensorView dnoise, TensorView dz,
                       const Routing& routing) const;
 
-  void predictor_backward(PassContext& ctx, const ParamStore& params, ConstTensorView input,
-                          const Routing& routing) const;
-
   ModelConfig model_;
   RoutingConfig routing_;
-  ParamRef weight_, bias_, temperature_, noise_weight_, predictor_weight_, predictor_bias_;
+  ParamRef weight_, bias_, temperature_, noise_weight_;
+  std::optional<Predictor> predictor_;
 };
 
 }  // namespace arcus

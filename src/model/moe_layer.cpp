@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "kernels/elementwise.hpp"
+#include "src/model/leaves.hpp"
 
 namespace arcus {
 namespace {
@@ -145,11 +146,8 @@ void MoeLayer::backward_shared(PassContext& ctx, const ParamStore& params, Tenso
   const TensorView through_gate = ctx.scratch.allocate(acc, dout.rows, dout.cols);
   linear_dgrad(ctx.stream,
                {.dx = through_gate, .dy = dlogit, .weight = params.values(shared_gate_)});
-  if (const GradientSum sum = params.sums(shared_gate_); sum.sum != nullptr) {
-    const ConstTensorView wide = saved.shared_wide.data != nullptr ? saved.shared_wide : h;
-    linear_wgrad(ctx.stream,
-                 {.dweight = sum, .dy = dlogit, .x = wide, .micro_batch = ctx.batch.number});
-  }
+  add_leaves(ctx, params, dlogit, saved.shared_wide.data != nullptr ? saved.shared_wide : h,
+             shared_gate_);
   weighted_sum(ctx.stream, {.out = dh, .addend1 = through_ffn, .addend2 = through_gate});
 }
 

@@ -87,10 +87,4 @@ const ScoreRow& find_score(std::string_view name);
 const SelectRow& find_select(std::string_view name);
 const StreamRow& find_stream(std::string_view name);
 
-/// Rules that follow from the rows' properties. Throws (usage) naming keys, values and a
-/// combination that would do.
-void validate_combination(const ModelConfig& model, const RoutingConfig& routing);
-/// Which select and stream rows go with what, as Markdown, from the same properties.
-std::string combinations_table();
-
 }  // namespace arcus

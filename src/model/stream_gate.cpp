@@ -19,9 +19,7 @@ StreamGate::StreamGate(const ModelConfig& model, const RoutingConfig& routing,
   };
   weight_ = add("weight", {1, 2 * hidden_size_}, ParamInit::normal);
   bias_ = add("bias", {1}, ParamInit::zeros);
-  if (!row_->predicts) return;
-  predictor_weight_ = add("predictor.weight", {1, 2 * hidden_size_}, ParamInit::normal);
-  predictor_bias_ = add("predictor.bias", {1}, ParamInit::zeros);
+  if (row_->predicts) predictor_.emplace(prefix + "stream_gate.", 1, 2 * hidden_size_, registry);
 }
 
 void StreamGate::allocate_kept(Arena& arena, std::int64_t num_tokens, Saved& saved) const {
@@ -55,18 +53,13 @@ void StreamGate::forward(PassContext& ctx, const ParamStore& params, ConstTensor
                          ConstTensorView after, Saved& saved, bool replay) const {
   cast(ctx.stream, {.y = saved.wide.col_range(0, hidden_size_), .x = before});
   cast(ctx.stream, {.y = saved.wide.col_range(hidden_size_, hidden_size_), .x = after});
-  const auto logits = [&](TensorView z, ParamRef weight, ParamRef bias) {
-    const std::int64_t flag_key = bad_leaf_key(params.registry().row(weight).first_unit_idx,
-                                               std::max<std::int64_t>(0, ctx.batch.number));
-    gate_logits(ctx.stream, {.z = z,
-                             .x = saved.wide,
-                             .weight = params.values(weight),
-                             .bias = params.values(bias),
-                             .flag = &params.bad_leaf(),
-                             .flag_key = flag_key});
-  };
-  logits(saved.d, weight_, bias_);
-  if (row_->predicts) logits(saved.predictor, predictor_weight_, predictor_bias_);
+  gate_logits(ctx.stream, {.z = saved.d,
+                           .x = saved.wide,
+                           .weight = params.values(weight_),
+                           .bias = params.values(bias_),
+                           .flag = &params.bad_leaf(),
+                           .flag_key = forward_flag_key(ctx, params, weight_)});
+  if (predictor_) predictor_->forward(ctx, params, saved.predictor, saved.wide);
   const ArenaScope scope(ctx.scratch);
   gate_scores(ctx.stream, {.s = saved.g,
                            .lse = ctx.scratch.allocate(saved.d.dtype, saved.d.rows, 1),
@@ -163,10 +156,7 @@ void StreamGate::report(PassContext& ctx, const Saved& saved) const {
     ctx.stats.aux_loss[layer] +=
         routing_.stream_target_loss * ctx.batch.weight * target_loss(ctx, saved, mean);
   }
-  if (!row_->predicts) return;
-  double loss = 0;
-  predictor_loss(ctx.stream, {.loss = &loss, .logits = saved.predictor, .topk_idx = saved.chosen});
-  ctx.stats.predictor_loss[layer] += ctx.batch.weight * loss;
+  if (predictor_) predictor_->report(ctx, saved.predictor, saved.chosen);
 }
 
 /// Distance of the share that goes from its target; that share has no gradient.
@@ -183,17 +173,6 @@ double StreamGate::target_loss(PassContext& ctx, const Saved& saved, double mean
   double mean_logit = 0;
   column_mean(ctx.stream, {.mean = &mean_logit, .x = saved.d});
   return share_off_target(saved) * mean_logit;
-}
-
-void StreamGate::add_leaves(PassContext& ctx, const ParamStore& params, ConstTensorView dlogits,
-                            ParamRef weight, ParamRef bias, const Saved& saved) const {
-  if (const GradientSum sum = params.sums(weight); sum.sum != nullptr) {
-    linear_wgrad(ctx.stream,
-                 {.dweight = sum, .dy = dlogits, .x = saved.wide, .micro_batch = ctx.batch.number});
-  }
-  if (const GradientSum sum = params.sums(bias); sum.sum != nullptr) {
-    bias_grad(ctx.stream, {.dbias = sum, .dy = dlogits, .micro_batch = ctx.batch.number});
-  }
 }
 
 void StreamGate::backward(PassContext& ctx, const ParamStore& params, TensorView dexperts_out,
@@ -226,15 +205,9 @@ void StreamGate::backward(PassContext& ctx, const ParamStore& params, TensorView
        .g = saved.g,
        .dmean = row_->holds_share ? 0 : 2 * coeff * (mean - routing_.stream_target_share),
        .dshift = shift ? coeff * share_off_target(saved) : 0});
-  add_leaves(ctx, params, dd, weight_, bias_, saved);
+  add_leaves(ctx, params, dd, saved.wide, weight_, bias_);
   linear_dgrad(ctx.stream, {.dx = dwide, .dy = dd, .weight = params.values(weight_)});
-  if (!row_->predicts) return;
-  const TensorView dlogits = allocate_padded(ctx.scratch, acc, tokens, 1);
-  predictor_loss(ctx.stream, {.dlogits = dlogits,
-                              .logits = saved.predictor,
-                              .topk_idx = saved.chosen,
-                              .coeff = ctx.batch.weight});
-  add_leaves(ctx, params, dlogits, predictor_weight_, predictor_bias_, saved);
+  if (predictor_) predictor_->backward(ctx, params, saved.predictor, saved.chosen, saved.wide);
 }
 
 std::vector<GemmShape> StreamGate::gemm_shapes(std::int64_t max_tokens, DType compute,

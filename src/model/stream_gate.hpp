@@ -1,9 +1,10 @@
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
-#include "src/model/param_registry.hpp"
+#include "src/model/predictor.hpp"
 #include "src/model/routing.hpp"
 
 namespace arcus {
@@ -58,13 +59,12 @@ class StreamGate {
   /// Without coefficient and weight.
   double target_loss(PassContext& ctx, const Saved& saved, double mean_gate) const;
   void report(PassContext& ctx, const Saved& saved) const;
-  void add_leaves(PassContext& ctx, const ParamStore& params, ConstTensorView dlogits,
-                  ParamRef weight, ParamRef bias, const Saved& saved) const;
 
   std::int64_t hidden_size_;
   RoutingConfig routing_;
   const StreamRow* row_;
-  ParamRef weight_, bias_, predictor_weight_, predictor_bias_;
+  ParamRef weight_, bias_;
+  std::optional<Predictor> predictor_;
 };
 
 }  // namespace arcus

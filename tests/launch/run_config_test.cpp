@@ -8,7 +8,9 @@
 #include <functional>
 
 #include "src/base/error.hpp"
+#include "src/base/rng.hpp"
 #include "src/model/routing.hpp"
+#include "src/model/routing_rules.hpp"
 
 namespace arcus {
 namespace {
@@ -176,32 +178,37 @@ TEST(RunConfig, CrossFieldRulesNameFieldsValuesAndARemedy) {
 TEST(RunConfig, RoutingsThatMakeNoSenseAreRefusedWithOneThatDoes) {
   const std::vector<BadRule> bad = {
       {{"routing.n_group=4", "routing.topk_group=4"},
-       "routing.topk_group (4) must be smaller than routing.n_group (4); set both to 1"},
+       "routing.topk_group (4) must be smaller than routing.n_group (4); set routing.n_group to 1 "
+       "and routing.topk_group "
+       "to 1"},
       {{"routing.n_group=3"}, "routing.n_group (3) must divide model.num_experts (8)"},
       {{"routing.topk_group=2"}, "routing.topk_group (2) needs groups"},
       {{"routing.n_group=4", "routing.topk_group=1", "model.topk=3"},
        "model.topk (3) exceeds the 2 experts that routing.topk_group (1) groups of 2 hold; set "
-       "topk to 2"},
+       "routing.topk_group to 2, or set routing.n_group to 1 and routing.topk_group to 1"},
       {{"routing.n_group=8", "routing.topk_group=4"},
        "\"top2_sum\" needs groups of two experts or more"},
       {{"routing.select=sinkhorn", "routing.expert_bias_rate=0.001"},
-       "does not go with routing.expert_bias_rate = 0.001; set it to 0, or select to \"topk\""},
-      {{"routing.select=dense"},
-       "does not go with model.topk = 2; set it to model.num_experts (8)"},
+       "does not go with routing.expert_bias_rate = 0.001; set routing.expert_bias_rate to 0, or "
+       "set routing.select "
+       "to \"topk\""},
+      {{"routing.select=dense"}, "does not go with model.topk = 2; set model.topk to 8"},
       {{"routing.select=dense", "model.topk=8", "routing.aux_loss=0", "routing.capacity_factor=1"},
-       "does not go with routing.capacity_factor = 1; set it to 0 (dropless)"},
-      {{"routing.select=hash"}, "does not go with routing.aux_loss = 0.01; set it to 0"},
+       "does not go with routing.capacity_factor = 1; set routing.capacity_factor to 0"},
+      {{"routing.select=hash"},
+       "does not go with routing.aux_loss = 0.01; set routing.aux_loss to 0"},
       {{"routing.select=hash", "routing.aux_loss=0", "routing.noise=1"},
        "does not go with routing.noise = 1"},
       {{"routing.select=second_sampled", "model.topk=3"},
-       "does not go with model.topk = 3; set it to 2"},
+       "does not go with model.topk = 3; set model.topk to 2"},
       {{"routing.select=expert_choice", "routing.aux_loss=0", "routing.capacity_factor=1",
         "routing.renormalize=false"},
        "looks at later tokens"},
       {{"routing.select=expert_choice"}, "does not go with routing.capacity_factor = 0"},
       {{"routing.load_loss=0.1"}, "routing.load_loss (0.1) counts chances under noise"},
       {{"routing.load_loss=0.1", "routing.noise=1", "model.topk=8"}, "needs model.topk (8) below"},
-      {{"routing.center_bias=true"}, "set center_bias to false, or expert_bias_rate to 0.001"},
+      {{"routing.center_bias=true"},
+       "set routing.center_bias to false, or set routing.expert_bias_rate to 0.001"},
       {{"routing.quantile_rate=0.5", "routing.expert_bias_rate=0.1"}, "set the same bias"},
       {{"routing.quantile_rate=0.5", "model.topk=8"}, "needs model.topk (8) below"},
       {{"routing.override.0.layers=2-9", "routing.override.0.z_loss=1"},
@@ -212,18 +219,138 @@ TEST(RunConfig, RoutingsThatMakeNoSenseAreRefusedWithOneThatDoes) {
       {{"routing.override.0.layers=1", "routing.override.0.min_capacity=1000"},
        "routing.min_capacity (1000) exceeds the 512 tokens"},
       {{"routing.pad_to_capacity=true"},
-       "set pad_to_capacity to false, or capacity_factor to 1.25"},
+       "set routing.pad_to_capacity to false, or set routing.capacity_factor to 1.25"},
       {{"routing.pad_to_capacity=true", "routing.capacity_factor=1", "routing.stream=threshold"},
-       "lets any number pass by; set stream to \"weighted\""},
+       "lets any number pass by; set routing.stream to \"weighted\""},
       {{"routing.stream=capacity"}, "looks at later tokens"},
-      {{"routing.stream_target_loss=0.1"}, "needs a decision layer; set routing.stream to"},
-      {{"routing.stream=threshold", "routing.quantile_rate=0.5"}, "set stream to \"weighted\""},
+      {{"routing.stream_target_loss=0.1"},
+       "needs a decision layer, but routing.stream is \"none\"; set routing.stream_target_loss to "
+       "0, or set routing.stream to \"threshold\""},
+      {{"routing.stream=threshold", "routing.quantile_rate=0.5"},
+       "set routing.stream to \"weighted\""},
       {{"routing.override.0.layers=some"}, "it must be a layer or a range such as \"4-7\""},
       {{"routing.override.0.layers=1-2", "routing.override.1.layers=2"}, "layer 2 is named twice"},
       {{"routing.override.0.layers=1", "routing.override.0.topk=9"},
        "in layer 1: model.topk (9) exceeds model.num_experts (8)"},
   };
   expect_refused(bad);
+}
+
+/// Values that keys of a routing may have, nonsensical together or not.
+const std::vector<std::vector<std::string>>& setting_choices() {
+  static const std::vector<std::vector<std::string>> choices{
+      {"model.num_experts=1", "model.num_experts=2", "model.num_experts=8"},
+      {"model.topk=1", "model.topk=2", "model.topk=3", "model.topk=8"},
+      {"routing.select=topk", "routing.select=second_sampled", "routing.select=hash",
+       "routing.select=sinkhorn", "routing.select=expert_choice", "routing.select=dense"},
+      {"routing.stream=none", "routing.stream=threshold", "routing.stream=weighted",
+       "routing.stream=capacity"},
+      {"routing.renormalize=true", "routing.renormalize=false"},
+      {"routing.renormalize_after_drop=false", "routing.renormalize_after_drop=true"},
+      {"routing.n_group=1", "routing.n_group=2", "routing.n_group=3", "routing.n_group=8"},
+      {"routing.topk_group=1", "routing.topk_group=2", "routing.topk_group=7"},
+      {"routing.group_score=top2_sum", "routing.group_score=max"},
+      {"routing.capacity_factor=0", "routing.capacity_factor=1", "routing.capacity_factor=1e-9"},
+      {"routing.eval_capacity_factor=0", "routing.eval_capacity_factor=2",
+       "routing.eval_capacity_factor=1e-9"},
+      {"routing.pad_to_capacity=false", "routing.pad_to_capacity=true"},
+      {"routing.aux_loss=0", "routing.aux_loss=0.1"},
+      {"routing.aux_scope=micro_batch", "routing.aux_scope=sequence", "routing.aux_scope=global"},
+      {"routing.aux_loss_sequence=0", "routing.aux_loss_sequence=0.1"},
+      {"routing.aux_loss_global=0", "routing.aux_loss_global=0.1"},
+      {"routing.importance_loss=0", "routing.importance_loss=0.1"},
+      {"routing.load_loss=0", "routing.load_loss=0.1"},
+      {"routing.expert_bias_rate=0", "routing.expert_bias_rate=0.01"},
+      {"routing.center_bias=false", "routing.center_bias=true"},
+      {"routing.quantile_rate=0", "routing.quantile_rate=0.5"},
+      {"routing.noise=0", "routing.noise=1"},
+      {"routing.jitter=0", "routing.jitter=0.1"},
+      {"routing.allow_future_leak=false", "routing.allow_future_leak=true"},
+      {"routing.stream_target_loss=0", "routing.stream_target_loss=0.1"}};
+  return choices;
+}
+
+std::vector<bool> rules_that_hold(const Config& config) {
+  std::vector<bool> holds;
+  for (const RoutingRule& rule : routing_rules()) {
+    holds.push_back(rule.check(config.model, config.routing).remedies.empty());
+  }
+  return holds;
+}
+
+/// Every remedy of every broken rule makes it hold and breaks none that held, so that a user who
+/// follows the messages, in any way, ends at a configuration that is accepted.
+void expect_remedies_do(const Config& config, std::vector<int>& broken) {
+  const std::vector<bool> before = rules_that_hold(config);
+  for (std::size_t i = 0; i < before.size(); ++i) {
+    if (before[i]) continue;
+    ++broken[i];
+    const Refusal refusal = routing_rules()[i].check(config.model, config.routing);
+    for (const std::vector<Setting>& remedy : refusal.remedies) {
+      Config changed = config;
+      std::string applied;
+      for (const Setting& setting : remedy) {
+        apply_set(changed, setting.key + "=" + setting.value);
+        applied += " " + setting.key + "=" + setting.value;
+      }
+      const std::vector<bool> after = rules_that_hold(changed);
+      EXPECT_TRUE(after[i]) << applied << " does not help: " << refusal.message();
+      for (std::size_t j = 0; j < after.size(); ++j) {
+        EXPECT_TRUE(after[j] || !before[j]) << applied << " (" << refusal.message() << ") breaks \""
+                                            << routing_rules()[j].rule << "\" in\n"
+                                            << changed_from_defaults(config);
+      }
+    }
+  }
+}
+
+TEST(RunConfig, WhatARefusalNamesInsteadIsAccepted) {
+  std::vector<int> broken(routing_rules().size());
+  const Rng rng(1, "remedies", "");
+  std::uint64_t number = 0;
+  constexpr int kConfigs = 4000;
+  int accepted = 0;
+  for (int i = 0; i < kConfigs && !::testing::Test::HasFailure(); ++i) {
+    Config config;
+    for (const auto& choices : setting_choices()) {
+      // Most keys at their first value, so that a rule is also seen broken alone.
+      const auto draw = static_cast<std::size_t>(rng.uniform(0, number++) * 2.5 *
+                                                 static_cast<double>(choices.size()));
+      if (draw < choices.size()) apply_set(config, choices[draw]);
+    }
+    expect_remedies_do(config, broken);
+    const std::vector<bool> holds = rules_that_hold(config);
+    const bool all = std::find(holds.begin(), holds.end(), false) == holds.end();
+    accepted += all ? 1 : 0;
+    EXPECT_EQ(usage_error([&] { check_routing(config.model, config.routing); }).empty(), all);
+  }
+  if (::testing::Test::HasFailure()) return;
+  EXPECT_GT(accepted, 0);
+  for (std::size_t i = 0; i < broken.size(); ++i) {
+    EXPECT_GT(broken[i], 0) << "never broken: " << routing_rules()[i].rule;
+  }
+}
+
+TEST(RunConfig, KeysWithoutEffectAreNamed) {
+  const auto lines_of = [](std::initializer_list<const char*> sets) {
+    Config config;
+    for (const char* assignment : sets) apply_set(config, assignment);
+    validate(config);
+    return keys_without_effect(config);
+  };
+  using Lines = std::vector<std::string>;
+  EXPECT_EQ(lines_of({}), Lines());
+  EXPECT_EQ(lines_of({"routing.stream=weighted", "routing.stream_theta=0.3"}),
+            Lines{"routing.stream_theta = 0.3 has no effect without stream \"threshold\""});
+  EXPECT_EQ(lines_of({"routing.stream=threshold", "routing.stream_theta=0.3"}), Lines());
+  EXPECT_EQ(lines_of({"routing.aux_loss=0", "routing.aux_scope=global"}),
+            Lines{"routing.aux_scope = \"global\" has no effect without aux_loss"});
+  // A layer that an override names may be the one that uses the key of all.
+  EXPECT_EQ(lines_of({"routing.min_capacity=4", "routing.override.0.layers=1",
+                      "routing.override.0.capacity_factor=1"}),
+            Lines());
+  EXPECT_EQ(lines_of({"routing.override.0.layers=1", "routing.override.0.min_capacity=4"}),
+            Lines{"routing.override.0.min_capacity = 4 has no effect without a capacity factor"});
 }
 
 TEST(RunConfig, OverridesChangeTheirLayersAlone) {
@@ -254,9 +381,9 @@ TEST(RunConfig, OverridesChangeTheirLayersAlone) {
 TEST(RunConfig, TheDocumentShowsWhatGoesWithWhat) {
   std::ifstream file(ARCUS_SOURCE_DIR "/src/model/ROUTING.md");
   const std::string text((std::istreambuf_iterator<char>(file)), {});
-  EXPECT_NE(text.find(combinations_table()), std::string::npos)
+  EXPECT_NE(text.find(combinations_text()), std::string::npos)
       << "put the output of `arcus help routing` into src/model/ROUTING.md:\n"
-      << combinations_table();
+      << combinations_text();
 }
 
 TEST(RunConfig, FilesThatCannotBeReadAreNamed) {
@@ -269,12 +396,12 @@ TEST(RunConfig, FilesThatCannotBeReadAreNamed) {
 TEST(RunConfig, ShippedConfigurationsAreValid) {
   int count = 0;
   const std::filesystem::path folder = std::filesystem::path(ARCUS_SOURCE_DIR) / "launch/configs";
-  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+  for (const auto& entry : std::filesystem::recursive_directory_iterator(folder)) {
     if (entry.path().extension() != ".toml") continue;
     ++count;
     EXPECT_EQ(usage_error([&] { validate(load_config(entry.path(), {})); }), "") << entry.path();
   }
-  EXPECT_GE(count, 3);
+  EXPECT_GE(count, 15);
 }
 
 }  // namespace
