@@ -347,6 +347,12 @@ std::unique_ptr<Communicator> Communicator::split(int color, int key) {
   return do_split(color, key);
 }
 
+std::unique_ptr<Communicator> Communicator::split_by_node() {
+  if (options_.ranks_per_node > 0) return split(rank_ / options_.ranks_per_node, rank_);
+  enter({CallKind::split}, [] {});
+  return do_split_by_node();
+}
+
 std::unique_ptr<SharedMemory> Communicator::share_memory(std::int64_t /*bytes*/) { return nullptr; }
 
 }  // namespace arcus

@@ -60,6 +60,9 @@ struct Broadcast {
 struct CommunicatorOptions {
   bool reproducible = true;  ///< refuse reductions of floating-point numbers
   bool checked = false;      ///< verify that all ranks make the same call (costs a small exchange)
+  /// Take every so many consecutive ranks for a node (tests, and several "nodes" on one machine);
+  /// 0 = as the ranks really share machines.
+  int ranks_per_node = 0;
   /// Most elements one MPI call may carry; larger collectives go in pieces. Tests lower it.
   std::int64_t max_call_elements = std::numeric_limits<std::int32_t>::max();
 };
@@ -91,6 +94,8 @@ class Communicator {
   void meet(Stream& stream);
   /// Ranks with the same colour form a communicator, ordered by (key, rank).
   std::unique_ptr<Communicator> split(int color, int key);
+  /// This rank's node: the ranks of this communicator on it, in order. Collective.
+  std::unique_ptr<Communicator> split_by_node();
   /// Memory that all ranks can address (`bytes` of it here; may differ between ranks), or null on
   /// all ranks alike where they cannot: on several nodes, say. Collective.
   virtual std::unique_ptr<SharedMemory> share_memory(std::int64_t bytes);
@@ -122,6 +127,8 @@ class Communicator {
   virtual Event do_broadcast(const Broadcast& args) = 0;
   virtual void do_barrier() = 0;
   virtual std::unique_ptr<Communicator> do_split(int color, int key) = 0;
+  /// As ranks really share machines; all on one unless a backend knows better.
+  virtual std::unique_ptr<Communicator> do_split_by_node() { return do_split(0, rank_); }
 
  private:
   template <class Fn>

@@ -28,16 +28,24 @@ struct DispatchPlan {
   std::span<std::int32_t> slot_of_row;  ///< [num_send_rows]: t * K + k, its inverse; -1 = spare
   std::span<std::int64_t> send_counts, send_offsets;  ///< [P], [P] rows
   std::span<std::int64_t> recv_counts, recv_offsets;
-  /// [P] place of this rank's first row among all that rank p receives; shared memory alone.
-  std::span<std::int64_t> push_offsets;
   std::span<Segment> segments;  ///< those with rows > 0
   std::int64_t num_send_rows = 0;
   std::int64_t num_recv_rows = 0;    ///< R
   std::int64_t num_padded_rows = 0;  ///< Rp: every segment rounded up to 32 rows
 
+  // Of exchanges through shared memory alone. n = ranks of this node.
+  /// [n, P] rows that each rank of the node gets from each source, and where they begin there.
+  std::span<std::int64_t> node_counts, node_offsets;
+  /// [num_send_rows] for a row that leaves the node: its token's place among the tokens that go to
+  /// that node, each counted once; -1 = spare.
+  std::span<std::int32_t> unique_of_row;
+  std::span<std::int64_t> unique_counts;   ///< [nodes] such tokens
+  std::span<std::int64_t> relayed_unique;  ///< the same of the sources that this rank relays
+
   /// What make_plan_storage reserved; the spans above are the parts of it in use.
   struct Storage {
     std::span<std::int32_t> row_of_slot, slot_of_row;
+    std::span<std::int32_t> unique_tokens;  ///< node by node
     std::span<Segment> segments;
   };
   Storage storage;

@@ -371,4 +371,10 @@ std::unique_ptr<Communicator> MpiComm::do_split(int color, int key) {
   return std::make_unique<MpiComm>(MpiHandle(part), options());
 }
 
+std::unique_ptr<Communicator> MpiComm::do_split_by_node() {
+  MPI_Comm node = MPI_COMM_NULL;
+  ARCUS_MPI(MPI_Comm_split_type(handle(), MPI_COMM_TYPE_SHARED, rank(), MPI_INFO_NULL, &node));
+  return std::make_unique<MpiComm>(MpiHandle(node), options());
+}
+
 }  // namespace arcus

@@ -74,6 +74,7 @@ class MpiComm final : public Communicator {
   Event do_broadcast(const Broadcast& args) override;
   void do_barrier() override;
   std::unique_ptr<Communicator> do_split(int color, int key) override;
+  std::unique_ptr<Communicator> do_split_by_node() override;
 
  private:
   struct Step;

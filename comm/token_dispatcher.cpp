@@ -126,10 +126,11 @@ DispatchPlan TokenDispatcher::make_plan_storage(Arena& arena) const {
   DispatchPlan plan;
   plan.storage.row_of_slot = arena.allocate_array<std::int32_t>(slots);
   plan.storage.slot_of_row = arena.allocate_array<std::int32_t>(max_send_rows(options_));
-  for (auto* counts : {&plan.send_counts, &plan.send_offsets, &plan.recv_counts, &plan.recv_offsets,
-                       &plan.push_offsets}) {
+  for (auto* counts :
+       {&plan.send_counts, &plan.send_offsets, &plan.recv_counts, &plan.recv_offsets}) {
     *counts = arena.allocate_array<std::int64_t>(ranks);
   }
+  add_plan_storage(arena, plan);
   const auto segments = static_cast<std::size_t>(counting_->local_experts * ranks);
   void* memory = arena.allocate_bytes(static_cast<std::int64_t>(segments * sizeof(Segment)));
   plan.storage.segments = {static_cast<Segment*>(memory), memory == nullptr ? 0 : segments};
@@ -234,7 +235,7 @@ std::unique_ptr<TokenDispatcher> make_dispatcher(Communicator& ep, const Dispatc
   auto dispatcher = make_shared_dispatcher(ep, options);
   ARCUS_REQUIRE(dispatcher != nullptr || path == DispatchPath::automatic, ExitCode::usage,
                 "parallel.dispatch is \"shared\", but the {} ranks that exchange tokens cannot "
-                "share memory (several nodes, or containers of their own); set it to \"auto\"",
+                "share memory on their nodes (containers of their own?); set it to \"auto\"",
                 ep.size());
   return dispatcher != nullptr ? std::move(dispatcher) : make_flat_dispatcher(ep, options);
 }

@@ -21,8 +21,8 @@ struct DispatcherOptions {
 };
 
 /// What combine returns to the token's rank: per slot a pointer to its row (null where dropped)
-/// and its scalar. Valid until the next combine on the same dispatcher, and as long as the rows
-/// that were combined live: a row that never left its rank is pointed at where it is.
+/// and its scalar. Valid until finish_combine, and as long as the rows that were combined live: a
+/// row that never left its rank is pointed at where it is.
 struct SlotRows {
   std::span<const void* const> rows;  ///< [T * K], each H elements
   ConstTensorView scalars;            ///< [T, K] accumulate type, 0 where dropped; empty if unused
@@ -87,6 +87,8 @@ class TokenDispatcher {
                      const ConstTensorView& row_scalars) const;
   /// Clears the rows behind the last one that arrives, which weight gradients read.
   void clear_padding(Stream& stream, const DispatchPlan& plan, TensorView rows) const;
+  /// What a strategy needs in a plan beside the rest.
+  virtual void add_plan_storage(Arena& /*arena*/, DispatchPlan& /*plan*/) const {}
   /// Takes `sent`, one message for every rank, to the ranks; `received` is what came from each.
   virtual void exchange_messages(Stream& stream, std::span<const std::int64_t> sent,
                                  std::span<std::int64_t> received, DispatchPlan& plan);
@@ -118,17 +120,15 @@ std::int64_t max_padded_rows(const DispatcherOptions& options, int rank, int num
 /// buffer_bytes() of a flat dispatcher.
 std::int64_t flat_dispatcher_bytes(const DispatcherOptions& options);
 
-/// Through memory that the ranks of a node share. Null, on all ranks alike, where they cannot.
-/// Collective.
+/// Through memory that the ranks of a node share, and one message for every (rank, other node).
+/// Null, on all ranks alike, where some node's ranks cannot share memory. Collective.
 std::unique_ptr<TokenDispatcher> make_shared_dispatcher(Communicator& ep,
                                                         const DispatcherOptions& options);
-std::int64_t shared_dispatcher_bytes(const DispatcherOptions& options);
-
 enum class DispatchPath { automatic, flat, shared };
 /// "auto", "flat" or "shared".
 DispatchPath dispatch_path_from_name(std::string_view name);
-/// The dispatcher of a path; `automatic`: shared where the ranks of `ep` are several and can share
-/// memory. Throws (usage) where `shared` is asked for and cannot be. Collective.
+/// The dispatcher of a path; `automatic`: shared where the ranks of `ep` are several and those of a
+/// node can share memory. Throws (usage) where `shared` is asked for and cannot be. Collective.
 std::unique_ptr<TokenDispatcher> make_dispatcher(Communicator& ep, const DispatcherOptions& options,
                                                  DispatchPath path);
 

@@ -35,19 +35,27 @@ double Samples::least() const { return *std::min_element(ms.begin(), ms.end()); 
 
 double Samples::most() const { return *std::max_element(ms.begin(), ms.end()); }
 
-Samples measure(Session& session, Stream& stream, std::int64_t repeats,
-                const std::function<void()>& fn, std::int64_t warmup) {
-  Samples samples;
+std::vector<Samples> measure_in_turn(Session& session, Stream& stream, std::int64_t repeats,
+                                     const std::vector<std::function<void()>>& things,
+                                     std::int64_t warmup) {
+  std::vector<Samples> samples(things.size());
   for (std::int64_t i = -warmup; i < repeats; ++i) {
-    session.comm().barrier(stream);
-    const auto begin = std::chrono::steady_clock::now();
-    fn();
-    const std::chrono::duration<double, std::milli> spent =
-        std::chrono::steady_clock::now() - begin;
-    const std::vector<double> all = gather(session, spent.count());
-    if (i >= 0) samples.ms.push_back(*std::max_element(all.begin(), all.end()));
+    for (std::size_t thing = 0; thing < things.size(); ++thing) {
+      session.comm().barrier(stream);
+      const auto begin = std::chrono::steady_clock::now();
+      things[thing]();
+      const std::chrono::duration<double, std::milli> spent =
+          std::chrono::steady_clock::now() - begin;
+      const std::vector<double> all = gather(session, spent.count());
+      if (i >= 0) samples[thing].ms.push_back(*std::max_element(all.begin(), all.end()));
+    }
   }
   return samples;
+}
+
+Samples measure(Session& session, Stream& stream, std::int64_t repeats,
+                const std::function<void()>& fn, std::int64_t warmup) {
+  return measure_in_turn(session, stream, repeats, {fn}, warmup).front();
 }
 
 double sum_over_ranks(Session& session, double value) {

@@ -30,6 +30,11 @@ struct Samples {
 /// slowest rank's time. Collective.
 Samples measure(Session& session, Stream& stream, std::int64_t repeats,
                 const std::function<void()>& fn, std::int64_t warmup = 2);
+/// The same for several things in turn, sample by sample, so that a busy moment of the machine hits
+/// all of them.
+std::vector<Samples> measure_in_turn(Session& session, Stream& stream, std::int64_t repeats,
+                                     const std::vector<std::function<void()>>& things,
+                                     std::int64_t warmup = 2);
 /// The sum over all ranks, in rank order. Collective.
 double sum_over_ranks(Session& session, double value);
 

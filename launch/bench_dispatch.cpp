@@ -1,9 +1,15 @@
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cstring>
+#include <functional>
+#include <numeric>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "comm/backends.hpp"
+#include "comm/node_map.hpp"
 #include "comm/token_dispatcher.hpp"
 #include "kernels/elementwise.hpp"
 #include "launch/bench.hpp"
@@ -16,14 +22,17 @@ namespace {
 /// One dispatcher with a plan for T tokens of uniformly random routing, and its buffers.
 class Exchange {
  public:
-  Exchange(Session& session, const BenchOptions& options, std::int64_t tokens, DispatchPath path)
+  Exchange(Session& session, const BenchOptions& options, std::int64_t tokens, const NodeMap& nodes,
+           bool shared)
       : session_(session),
+        nodes_(nodes),
         options_{.num_experts = options.config.model.num_experts,
                  .max_tokens = tokens,
                  .slots_per_token = options.config.model.topk,
                  .hidden_size = options.config.model.hidden_size,
                  .dtype = dtype_from_name(options.config.train.dtype)},
-        dispatcher_(make_dispatcher(session.comm(), options_, path)),
+        dispatcher_(shared ? make_shared_dispatcher(session.comm(), options_)
+                           : make_flat_dispatcher(session.comm(), options_)),
         row_memory_(dispatcher_->make_row_memory(dispatcher_->max_recv_rows() * row_bytes() + 4096 +
                                                  kWgradRowPadding * row_bytes())),
         arena_("bench", std::int64_t{1} << 33) {
@@ -111,23 +120,60 @@ class Exchange {
     sum(slots_.data());
   }
 
-  /// Bytes that this rank sends, and those of them that leave it.
+  /// Bytes that this rank sends, those of them that leave it, and those that leave its node if
+  /// every row does, or every token once for each node.
   double sent_bytes() const { return static_cast<double>(plan_.num_send_rows * row_bytes()); }
   double remote_bytes() const {
     const auto own = plan_.send_counts[static_cast<std::size_t>(session_.rank())];
     return static_cast<double>((plan_.num_send_rows - own) * row_bytes());
+  }
+  double leaving_bytes() const {
+    std::int64_t rows = plan_.num_send_rows;
+    for (const int rank : nodes_.mine()) rows -= plan_.send_counts[static_cast<std::size_t>(rank)];
+    return static_cast<double>(rows * row_bytes());
+  }
+  double unique_bytes() const {
+    const ExpertPartition& experts = dispatcher_->experts();
+    std::int64_t rows = 0;
+    for (std::int64_t t = 0; t < expert_of_slot_.rows; ++t) {
+      std::vector<bool> there(static_cast<std::size_t>(nodes_.num_nodes()));
+      const auto* choice = expert_of_slot_.row<std::int32_t>(t);
+      for (int rank = 0; rank < nodes_.num_ranks(); ++rank) {
+        const int node = nodes_.node_of[static_cast<std::size_t>(rank)];
+        for (std::int64_t k = 0; k < expert_of_slot_.cols; ++k) {
+          const bool owns = choice[k] >= experts.begin(rank) && choice[k] < experts.begin(rank + 1);
+          if (owns && node != nodes_.node()) there[static_cast<std::size_t>(node)] = true;
+        }
+      }
+      rows += std::count(there.begin(), there.end(), true);
+    }
+    return static_cast<double>(rows * row_bytes());
+  }
+  /// Bytes that left this rank's node in one dispatch, through rails.
+  double measured_bytes() {
+    const std::int64_t before = session_.comm().sent_bytes();
+    dispatch();
+    std::int64_t inside = 0;
+    for (const int rank : nodes_.mine()) {
+      if (rank != session_.rank()) inside += plan_.send_counts[static_cast<std::size_t>(rank)];
+    }
+    return static_cast<double>(session_.comm().sent_bytes() - before - inside * row_bytes());
   }
 
  private:
   void route(std::int64_t tokens, std::int64_t k) {
     const Rng rng(1, "bench", fmt::format("rank {}", session_.rank()));
     const std::int64_t experts = options_.num_experts;
+    std::vector<std::int32_t> order(static_cast<std::size_t>(experts));
+    std::iota(order.begin(), order.end(), 0);
     for (std::int64_t t = 0; t < tokens; ++t) {
-      // K neighbouring experts from a random one on.
-      const float draw = rng.uniform(0, static_cast<std::uint64_t>(t));
-      const auto first = static_cast<std::int64_t>(draw * static_cast<float>(experts));
+      // The first K of a shuffle: any K different experts.
       for (std::int64_t j = 0; j < k; ++j) {
-        expert_of_slot_.row<std::int32_t>(t)[j] = static_cast<std::int32_t>((first + j) % experts);
+        const float draw =
+            rng.uniform(static_cast<std::uint64_t>(j), static_cast<std::uint64_t>(t));
+        const auto other = j + static_cast<std::int64_t>(draw * static_cast<float>(experts - j));
+        std::swap(order[static_cast<std::size_t>(j)], order[static_cast<std::size_t>(other)]);
+        expert_of_slot_.row<std::int32_t>(t)[j] = order[static_cast<std::size_t>(j)];
       }
     }
     std::memset(tokens_.data, 1, static_cast<std::size_t>(tokens * row_bytes()));
@@ -150,6 +196,7 @@ class Exchange {
   }
 
   Session& session_;
+  const NodeMap& nodes_;
   DispatcherOptions options_;
   std::unique_ptr<TokenDispatcher> dispatcher_;
   Arena row_memory_;
@@ -159,49 +206,99 @@ class Exchange {
   std::vector<const void*> slots_;
 };
 
-void print_row(std::int64_t tokens, const char* what, const Samples& samples, double algbw,
-               double busbw, double reference_ms) {
-  fmt::print("{:>6} {:<34} {:>9.3f} {:>9.3f} {:>9.3f}", tokens, what, samples.median(),
-             samples.least(), samples.most());
-  if (algbw > 0) fmt::print(" {:>8.2f} {:>8.2f}", algbw, busbw);
-  if (reference_ms > 0) fmt::print(" {:>8.2f}", reference_ms / samples.median());
-  fmt::print("\n");
+/// One measured thing, and the places of those it is compared with; -1 = none.
+struct Line {
+  const char* what;
+  std::function<void()> fn;
+  int ways;  ///< 1 there or back, 2 both, 0 no rows travel
+  int library = -1;
+  int flat = -1;
+};
+
+/// Dispatch, combine and both at `first` of the lines.
+void add_lines(std::vector<Line>& lines, Exchange& exchange, bool library, int flat) {
+  const int same = library ? 0 : -1;
+  const auto beside = [&](int base, int line) { return base < 0 ? -1 : base + line; };
+  lines.push_back({"dispatch", [&] { exchange.dispatch(); }, 1, beside(same, 0), beside(flat, 0)});
+  lines.push_back({"combine and weighted sum", [&] { exchange.combine(); }, 1, beside(same, 1),
+                   beside(flat, 1)});
+  lines.push_back({"both",
+                   [&] {
+                     exchange.dispatch();
+                     exchange.combine();
+                   },
+                   2, beside(same, 2), beside(flat, 2)});
+  lines.push_back({"plan and counts", [&] { exchange.make_plan(); }, 0, -1, beside(flat, 3)});
+}
+
+void print_line(std::int64_t tokens, const Line& line, const std::vector<Samples>& samples,
+                std::size_t i, double bytes, double remote) {
+  const double ms = samples[i].median();
+  fmt::print("{:>6} {:<34} {:>9.3f} {:>9.3f} {:>9.3f}", tokens, line.what, ms, samples[i].least(),
+             samples[i].most());
+  if (line.ways > 0) {
+    fmt::print(" {:>8.2f} {:>8.2f}", line.ways * bytes / ms / 1e6, line.ways * remote / ms / 1e6);
+  } else {
+    fmt::print(" {:>8} {:>8}", "", "");
+  }
+  const auto ratio = [&](int base) {
+    return base < 0 ? std::string()
+                    : fmt::format("{:.2f}", samples[static_cast<std::size_t>(base)].median() / ms);
+  };
+  fmt::print(" {:>9} {:>8}\n", ratio(line.library), ratio(line.flat));
+}
+
+void print_node_bytes(Session& session, Exchange& flat, Exchange& rails) {
+  const double ranks = session.comm().size();
+  const double all = sum_over_ranks(session, flat.leaving_bytes()) / ranks;
+  const double unique = sum_over_ranks(session, rails.unique_bytes()) / ranks;
+  const double sent = sum_over_ranks(session, rails.measured_bytes()) / ranks;
+  if (!session.is_root() || unique == 0) return;
+  fmt::print(
+      "dispatch, KiB that leave the node per rank: every row {:.0f}, every token once a node "
+      "{:.0f}, "
+      "sent {:.0f} ({:+.1f} %)\n",
+      all / 1024, unique / 1024, sent / 1024, 100 * (sent / unique - 1));
 }
 
 void bench_tokens(Session& session, const BenchOptions& options, std::int64_t tokens,
-                  DispatchPath path) {
-  Exchange exchange(session, options, tokens, path);
+                  const NodeMap& nodes, DispatchPath path, bool can_share) {
+  Exchange flat(session, options, tokens, nodes, /*shared=*/false);
+  std::optional<Exchange> shared;
+  if (can_share && path != DispatchPath::flat)
+    shared.emplace(session, options, tokens, nodes, true);
+  std::vector<Line> lines;
+  lines.push_back({"permute + MPI_Alltoallv + unpermute", [&] { flat.reference_dispatch(); }, 1});
+  lines.push_back({"the same back and weighted sum", [&] { flat.reference_combine(); }, 1});
+  lines.push_back({"both",
+                   [&] {
+                     flat.reference_dispatch();
+                     flat.reference_combine();
+                   },
+                   2});
+  lines.push_back({"MPI_Alltoallv alone", [&] { flat.library_dispatch(); }, 1});
+  const std::size_t first_flat = lines.size();
+  if (path != DispatchPath::shared || nodes.num_nodes() > 1) add_lines(lines, flat, true, -1);
+  const std::size_t first_shared = lines.size();
+  const int beside = first_shared > first_flat ? static_cast<int>(first_flat) : -1;
+  if (shared) add_lines(lines, *shared, true, beside);
+  std::vector<std::function<void()>> things;
+  things.reserve(lines.size());
+  for (const Line& line : lines) things.push_back(line.fn);
+  const auto samples = measure_in_turn(session, session.stream(), options.repeats, things);
   const double ranks = session.comm().size();
-  const double bytes = sum_over_ranks(session, exchange.sent_bytes()) / ranks;
-  const double remote = sum_over_ranks(session, exchange.remote_bytes()) / ranks;
-  const auto run = [&](const std::function<void()>& fn) {
-    return measure(session, session.stream(), options.repeats, fn);
-  };
-  const auto report = [&](const char* what, const Samples& samples, int ways,
-                          double reference_ms = 0) {
-    if (!session.is_root()) return;
-    print_row(tokens, what, samples, ways * bytes / samples.median() / 1e6,
-              ways * remote / samples.median() / 1e6, reference_ms);
-  };
-  const Samples there = run([&] { exchange.reference_dispatch(); });
-  const Samples back = run([&] { exchange.reference_combine(); });
-  const Samples both = run([&] {
-    exchange.reference_dispatch();
-    exchange.reference_combine();
-  });
-  report("plan and counts", run([&] { exchange.make_plan(); }), 0);
-  report("dispatch", run([&] { exchange.dispatch(); }), 1, there.median());
-  report("combine and weighted sum", run([&] { exchange.combine(); }), 1, back.median());
-  report("both", run([&] {
-           exchange.dispatch();
-           exchange.combine();
-         }),
-         2, both.median());
-  if (path != DispatchPath::flat) return;
-  report("permute + MPI_Alltoallv + unpermute", there, 1);
-  report("the same back and weighted sum", back, 1);
-  report("both", both, 2);
-  report("MPI_Alltoallv alone", run([&] { exchange.library_dispatch(); }), 1);
+  const double bytes = sum_over_ranks(session, flat.sent_bytes()) / ranks;
+  const double remote = sum_over_ranks(session, flat.remote_bytes()) / ranks;
+  for (std::size_t i = 0; i < lines.size() && session.is_root(); ++i) {
+    if (i == 0) fmt::print("the library:\n");
+    if (i == first_flat && first_shared > first_flat) fmt::print("one message per peer:\n");
+    if (i == first_shared) {
+      fmt::print("through shared memory{}:\n",
+                 nodes.num_nodes() > 1 ? ", one message per (rank, node) between nodes" : "");
+    }
+    print_line(tokens, lines[i], samples, i, bytes, remote);
+  }
+  if (shared && nodes.num_nodes() > 1) print_node_bytes(session, flat, *shared);
 }
 
 }  // namespace
@@ -211,27 +308,31 @@ ExitCode bench_dispatch(Session& session, const BenchOptions& options) {
     ARCUS_REQUIRE(MpiSession::launched(), ExitCode::usage,
                   "bench dispatch exchanges rows between MPI ranks: start it with mpirun -np 4");
   });
+  const auto node = session.comm().split_by_node();
+  const NodeMap nodes = map_nodes(session.comm(), *node);
+  const bool can_share = session.comm().size() > 1 &&
+                         sum_over_ranks(session, node->share_memory(4096) == nullptr ? 1 : 0) == 0;
+  const DispatchPath path = dispatch_path_from_name(options.config.parallel.dispatch);
+  session.together([&] {
+    ARCUS_REQUIRE(
+        path != DispatchPath::shared || can_share, ExitCode::usage,
+        "parallel.dispatch is \"shared\", but the ranks of a node cannot share memory, or "
+        "there is one alone; set it to \"auto\"");
+  });
   if (session.is_root()) {
     fmt::print(
-        "{} ranks, {} experts, {} per token, rows of {} x {}; median of {} of the slowest "
-        "rank's times\nalgbw: bytes of all kept rows a rank sends / time, busbw: those that "
-        "leave the rank; GB/s\n",
-        session.comm().size(), options.config.model.num_experts, options.config.model.topk,
+        "{} ranks on {} node{}, {} experts, {} per token, rows of {} x {}; median of {} of the "
+        "slowest rank's times, taken in turn\nalgbw: bytes of all kept rows a rank sends / time, "
+        "busbw: those that leave the rank; GB/s\n",
+        session.comm().size(), nodes.num_nodes(), nodes.num_nodes() == 1 ? "" : "s",
+        options.config.model.num_experts, options.config.model.topk,
         options.config.model.hidden_size, options.config.train.dtype, options.repeats);
-    fmt::print("{:>6} {:<34} {:>9} {:>9} {:>9} {:>8} {:>8} {:>8}\n", "tokens", "what", "ms",
-               "least", "most", "algbw", "busbw", "x library");
+    fmt::print("{:>6} {:<34} {:>9} {:>9} {:>9} {:>8} {:>8} {:>9} {:>8}\n", "tokens", "what", "ms",
+               "least", "most", "algbw", "busbw", "x library", "x flat");
   }
   const std::int64_t full = options.config.train.micro_batch_seqs * options.config.train.seq_len;
-  const DispatchPath path = dispatch_path_from_name(options.config.parallel.dispatch);
   for (const std::int64_t tokens : {full / 8, full, full * 8}) {
-    if (tokens == 0) continue;
-    if (path != DispatchPath::flat) {
-      if (session.is_root()) fmt::print("through shared memory where the ranks have it:\n");
-      bench_tokens(session, options, tokens, path);
-    }
-    if (path == DispatchPath::shared) continue;
-    if (session.is_root()) fmt::print("one message per peer:\n");
-    bench_tokens(session, options, tokens, DispatchPath::flat);
+    if (tokens > 0) bench_tokens(session, options, tokens, nodes, path, can_share);
   }
   return ExitCode::ok;
 }

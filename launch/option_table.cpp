@@ -355,7 +355,9 @@ Section parallel_section() {
               auto_or_positive()),
        option("comm", &C::comm, "library that moves rows", one_of({"auto", "nccl", "mpi"})),
        option("dispatch", &C::dispatch,
-              "how tokens reach experts: through memory that a node's ranks share, or messages",
+              "how tokens reach experts: \"shared\" = through memory inside a node and one message "
+              "per "
+              "rank and node between nodes, \"flat\" = one message per pair of ranks",
               one_of({"auto", "flat", "shared"})),
        option(
            "threads", &C::threads,

@@ -111,7 +111,10 @@ TrainPlan make_plan(const TrainerOptions& options, int num_ranks, std::int64_t e
   ProcessGroups groups{&world, std::make_unique<PlannedCommunicator>(0, plan.ep_size),
                        std::make_unique<PlannedCommunicator>(0, num_ranks / plan.ep_size)};
   Stream stream(1);
-  ModelInstance instance(std::move(groups), stream, instance_options(options));
+  // Which ranks share a node is not known here; messages to every rank need the most memory.
+  InstanceOptions planned = instance_options(options);
+  planned.dispatch_path = DispatchPath::flat;
+  ModelInstance instance(std::move(groups), stream, planned);
   const Optimizer optimizer(instance, options.train);
 
   plan.total_parameters = instance.registry().total_parameters();

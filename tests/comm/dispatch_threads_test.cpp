@@ -17,6 +17,16 @@ TEST_P(Dispatch, LawsThroughSharedMemory) {
   run_on_threads(GetParam(), {},
                  [=](Communicator& comm) { laws::check_situations(comm, 200, path); });
 }
+// Nodes of one, two and three ranks; the last one may be smaller.
+TEST_P(Dispatch, LawsOverNodes) {
+  for (const int ranks_per_node : {1, 2, 3}) {
+    if (GetParam() <= ranks_per_node) continue;
+    SCOPED_TRACE(fmt::format("{} ranks a node", ranks_per_node));
+    run_on_threads(GetParam(), {.ranks_per_node = ranks_per_node}, [](Communicator& comm) {
+      laws::check_situations(comm, 200, DispatchPath::shared);
+    });
+  }
+}
 TEST_P(Dispatch, LawsWhenChecked) {
   run_on_threads(GetParam(), {.checked = true},
                  [](Communicator& comm) { laws::check_situations(comm, 20); });
@@ -88,6 +98,53 @@ TEST(DispatchLaws, SituationsCoverTheEdges) {
     for (const int n : {idle, empty, all_chosen, one_expert, drops, whole}) EXPECT_GT(n, 3);
     EXPECT_GT(uneven, ranks == 1 ? -1 : 20);
   }
+}
+
+// What leaves a node is every token once for each other node that has experts of it, and little
+// beside: lists of copies, message headers.
+TEST(SharedDispatch, SendsATokenOnceToANode) {
+  run_on_threads(4, {.ranks_per_node = 2}, [](Communicator& comm) {
+    constexpr std::int64_t kTokens = 64, kSlots = 4, kExperts = 8, kHidden = 512;
+    Stream stream(1);
+    const auto dispatcher = make_dispatcher(comm,
+                                            {.num_experts = kExperts,
+                                             .max_tokens = kTokens,
+                                             .slots_per_token = kSlots,
+                                             .hidden_size = kHidden},
+                                            DispatchPath::shared);
+    Arena memory = dispatcher->make_row_memory(std::int64_t{1} << 23);
+    Arena arena("plan", std::int64_t{1} << 22);
+    auto plan = dispatcher->make_plan_storage(arena);
+    const TensorView experts = arena.allocate(DType::i32, kTokens, kSlots);
+    const TensorView tokens = arena.allocate(DType::f32, kTokens, kHidden);
+    const int node = comm.rank() / 2;
+    std::int64_t leaving = 0;
+    std::int64_t inside = 0;
+    for (std::int64_t t = 0; t < kTokens; ++t) {
+      bool leaves = false;
+      for (std::int64_t k = 0; k < kSlots; ++k) {
+        // Odd tokens stay on their node; the others have half of their experts there.
+        const std::int64_t there = t % 2 == 1 || k < 2 ? node : 1 - node;
+        const std::int64_t expert = there * 4 + (t / 2 + k) % 4;
+        experts.row<std::int32_t>(t)[k] = static_cast<std::int32_t>(expert);
+        leaves = leaves || there != node;
+        inside += there == node && expert / 2 != comm.rank() ? 1 : 0;
+      }
+      leaving += leaves ? 1 : 0;
+    }
+    ASSERT_EQ(leaving, kTokens / 2);
+    dispatcher->make_plan(stream, experts, comm.rank(), {}, plan);
+    const std::int64_t before = comm.sent_bytes();
+    const TensorView rows =
+        memory.allocate(DType::f32, plan.num_recv_rows + kWgradRowPadding, kHidden);
+    stream.wait(
+        dispatcher->dispatch(stream, plan, tokens, {}, rows.row_range(0, plan.num_recv_rows), {}));
+    const std::int64_t row_bytes = kHidden * 4;
+    const auto sent = static_cast<double>(comm.sent_bytes() - before - inside * row_bytes);
+    EXPECT_GE(sent, static_cast<double>(leaving * row_bytes));
+    EXPECT_LE(sent, 1.02 * static_cast<double>(leaving * row_bytes));
+    comm.barrier(stream);  // a rank that leaves counts as failed to those that still wait
+  });
 }
 
 TEST(DispatchPlan, HoldsTheDocumentedOrder) {

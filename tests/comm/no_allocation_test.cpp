@@ -54,14 +54,15 @@ TEST(Collectives, AllocateNothingOnceWarm) {
   }
 }
 
-TEST(Dispatcher, AllocatesNothingOnceWarm) {
-  const auto comm = test_session().world();
+void expect_no_allocations(Communicator& comm, DispatchPath path) {
   Stream stream(1);
   constexpr std::int64_t kTokens = 50, kSlots = 2, kHidden = 16;
-  const auto dispatcher = make_flat_dispatcher(
-      *comm,
-      {.num_experts = 5, .max_tokens = kTokens, .slots_per_token = kSlots, .hidden_size = kHidden});
+  const auto dispatcher = make_dispatcher(
+      comm,
+      {.num_experts = 5, .max_tokens = kTokens, .slots_per_token = kSlots, .hidden_size = kHidden},
+      path);
   Arena arena("test", std::int64_t{1} << 22);
+  Arena memory = dispatcher->make_row_memory(std::int64_t{1} << 22);
   DispatchPlan plan = dispatcher->make_plan_storage(arena);
   const TensorView experts = arena.allocate(DType::i32, kTokens, kSlots);
   for (std::int64_t i = 0; i < kTokens * kSlots; ++i) {
@@ -70,17 +71,31 @@ TEST(Dispatcher, AllocatesNothingOnceWarm) {
   const TensorView tokens = arena.allocate(DType::f32, kTokens, kHidden);
   const TensorView weight = arena.allocate(DType::f32, kTokens, kSlots);
   const std::int64_t most = dispatcher->max_recv_rows();
-  const TensorView rows = arena.allocate(DType::f32, most + kWgradRowPadding, kHidden);
-  const TensorView scalars = arena.allocate(DType::f32, 1, most);
+  const TensorView rows = memory.allocate(DType::f32, most + kWgradRowPadding, kHidden);
+  const TensorView scalars = memory.allocate(DType::f32, 1, most);
   SlotRows back;
   EXPECT_EQ(allocations_of([&] {
-              dispatcher->make_plan(stream, experts, comm->rank(), {}, plan);
+              dispatcher->make_plan(stream, experts, comm.rank(), {}, plan);
               const TensorView x = rows.row_range(0, plan.num_recv_rows);
               const TensorView w = scalars.col_range(0, plan.num_recv_rows);
               stream.wait(dispatcher->dispatch(stream, plan, tokens, weight, x, w));
               stream.wait(dispatcher->combine(stream, plan, x, w, back));
+              dispatcher->finish_combine();
             }),
             0);
+}
+
+TEST(Dispatcher, AllocatesNothingOnceWarm) {
+  expect_no_allocations(*test_session().world(), DispatchPath::flat);
+}
+
+TEST(Dispatcher, AllocatesNothingThroughSharedMemoryAndOverNodes) {
+  for (const int ranks_per_node : {0, 1, 2}) {
+    const auto comm = test_session().world({.ranks_per_node = ranks_per_node});
+    if (comm->size() == 1) return;
+    if (comm->share_memory(4096) == nullptr) GTEST_SKIP() << "processes cannot share memory here";
+    expect_no_allocations(*comm, DispatchPath::shared);
+  }
 }
 
 }  // namespace

@@ -51,9 +51,10 @@ class LayoutTest : public ::testing::Test {
     folder_.reset();
   }
   std::vector<std::string> on_threads(int ranks, int ep_size, const TrainerOptions& o,
-                                      std::int64_t steps = kSteps) {
+                                      std::int64_t steps = kSteps,
+                                      CommunicatorOptions communicator = {}) {
     std::vector<std::string> lines;
-    run_on_threads(ranks, {}, [&](Communicator& world) {
+    run_on_threads(ranks, communicator, [&](Communicator& world) {
       auto mine = trace_of_run(world, ep_size, o, *dataset_, steps);
       if (world.rank() == 0) lines = std::move(mine);
     });
@@ -104,6 +105,16 @@ TEST_P(Layout, SameBitsOnAnyRanksAndEp) {
       if (ranks % ep != 0) continue;
       EXPECT_EQ(on_threads(ranks, ep, o), reference) << ranks << " ranks, EP " << ep;
     }
+  }
+}
+
+TEST_P(Layout, SameBitsOverNodes) {
+  const TrainerOptions o = options();
+  auto self = make_self_communicator();
+  const auto reference = trace_of_run(*self, 1, o, *dataset_, 5);
+  for (const int ranks_per_node : {1, 2, 3}) {
+    EXPECT_EQ(on_threads(4, 4, o, 5, {.ranks_per_node = ranks_per_node}), reference)
+        << ranks_per_node << " ranks a node";
   }
 }
 
