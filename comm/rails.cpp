@@ -280,24 +280,26 @@ void Rails::pack_return(const DispatchPlan& plan, std::size_t i, std::size_t pla
   filled_[i] += count;
 }
 
-const char* Rails::returned_rows(const DispatchPlan& plan, int owner) const {
-  const int node = nodes_.node_of[index(owner)];
+const char* Rails::returned_message(int node) const {
+  return recv_ + recv_offsets_[index(nodes_.relay(nodes_.rank, node))] * kUnit;
+}
+
+std::int64_t Rails::rows_before(const DispatchPlan& plan, int owner) const {
   std::int64_t before = 0;
-  for (const int rank : nodes_.ranks_of(node)) {
+  for (const int rank : nodes_.ranks_of(nodes_.node_of[index(owner)])) {
     if (rank < owner) before += plan.send_counts[index(rank)];
   }
-  return recv_ + recv_offsets_[index(nodes_.relay(nodes_.rank, node))] * kUnit +
-         before * row_bytes_;
+  return before;
+}
+
+const char* Rails::returned_rows(const DispatchPlan& plan, int owner) const {
+  return returned_message(nodes_.node_of[index(owner)]) + rows_before(plan, owner) * row_bytes_;
 }
 
 const char* Rails::returned_scalars(const DispatchPlan& plan, int owner) const {
   const int node = nodes_.node_of[index(owner)];
-  std::int64_t before = 0;
-  for (const int rank : nodes_.ranks_of(node)) {
-    if (rank < owner) before += plan.send_counts[index(rank)];
-  }
-  return recv_ + recv_offsets_[index(nodes_.relay(nodes_.rank, node))] * kUnit +
-         whole_units(rows_to(plan, node) * row_bytes_) + before * scalar_bytes_;
+  return returned_message(node) + whole_units(rows_to(plan, node) * row_bytes_) +
+         rows_before(plan, owner) * scalar_bytes_;
 }
 
 }  // namespace arcus

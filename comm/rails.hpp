@@ -65,6 +65,9 @@ class Rails {
   /// Rows of this rank's tokens for a node, and of a relayed source for this node.
   std::int64_t rows_to(const DispatchPlan& plan, int node) const;
   std::int64_t rows_from(const DispatchPlan& plan, std::size_t i) const;
+  /// Of what comes back: a node's message, and the rows in it before those of `owner`.
+  const char* returned_message(int node) const;
+  std::int64_t rows_before(const DispatchPlan& plan, int owner) const;
   std::int64_t message_bytes(std::int64_t rows, std::int64_t indices, std::int64_t scalars) const;
   void find_unique(DispatchPlan& plan);
   void clear_counts();

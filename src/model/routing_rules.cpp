@@ -253,7 +253,7 @@ Refusal check_factor(const RoutingConfig& r, const char* key, double factor, Set
   // Factors are counted in millionths.
   if (factor == 0 || factor >= 1e-6) return {};
   return {fmt::format("{} is {}, less than 0.000001 and not 0 (dropless)", key, factor),
-          {find_select(r.select).takes_capacity ? Settings{set(key, 1.25)} : instead}};
+          {find_select(r.select).takes_capacity ? Settings{set(key, 1.25)} : std::move(instead)}};
 }
 
 Refusal check_capacity_factor(const ModelConfig&, const RoutingConfig& r) {
