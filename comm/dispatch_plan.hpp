@@ -29,6 +29,9 @@ struct DispatchPlan {
   std::span<std::int64_t> send_counts, send_offsets;  ///< [P], [P] rows
   std::span<std::int64_t> recv_counts, recv_offsets;
   std::span<Segment> segments;  ///< those with rows > 0
+  /// The same apart: rows of this rank's own tokens, which are there as soon as dispatch returns
+  /// and need not travel back, and rows of other ranks'.
+  std::span<Segment> own_segments, other_segments;
   std::int64_t num_send_rows = 0;
   std::int64_t num_recv_rows = 0;    ///< R
   std::int64_t num_padded_rows = 0;  ///< Rp: every segment rounded up to 32 rows
@@ -46,7 +49,7 @@ struct DispatchPlan {
   struct Storage {
     std::span<std::int32_t> row_of_slot, slot_of_row;
     std::span<std::int32_t> unique_tokens;  ///< node by node
-    std::span<Segment> segments;
+    std::span<Segment> segments, own_then_others;
   };
   Storage storage;
 };

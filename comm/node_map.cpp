@@ -20,6 +20,26 @@ std::vector<int> NodeMap::relayed_by(int relay_rank) const {
   return sources;
 }
 
+NodeMap number_nodes(int rank, const std::vector<std::int64_t>& names) {
+  NodeMap map;
+  map.rank = rank;
+  map.node_of.resize(names.size());
+  map.place_of.resize(names.size());
+  std::vector<std::int64_t> known;
+  for (std::size_t r = 0; r < names.size(); ++r) {
+    auto found = std::find(known.begin(), known.end(), names[r]);
+    if (found == known.end()) {
+      found = known.insert(known.end(), names[r]);
+      map.ranks.emplace_back();
+    }
+    const auto n = static_cast<std::size_t>(found - known.begin());
+    map.node_of[r] = static_cast<int>(n);
+    map.place_of[r] = static_cast<int>(map.ranks[n].size());
+    map.ranks[n].push_back(static_cast<int>(r));
+  }
+  return map;
+}
+
 NodeMap map_nodes(Communicator& comm, Communicator& node) {
   Stream stream(1);
   // Every rank's first neighbour names its node.
@@ -34,22 +54,7 @@ NodeMap map_nodes(Communicator& comm, Communicator& node) {
   stream.wait(
       comm.all_gather_v(stream, {{firsts.data(), DType::i64, 1, comm.size()}, ones, indices}));
 
-  NodeMap map;
-  map.rank = comm.rank();
-  map.node_of.resize(size);
-  map.place_of.resize(size);
-  std::vector<std::int64_t> names;
-  for (std::size_t r = 0; r < size; ++r) {
-    auto found = std::find(names.begin(), names.end(), firsts[r]);
-    if (found == names.end()) {
-      found = names.insert(names.end(), firsts[r]);
-      map.ranks.emplace_back();
-    }
-    const auto n = static_cast<std::size_t>(found - names.begin());
-    map.node_of[r] = static_cast<int>(n);
-    map.place_of[r] = static_cast<int>(map.ranks[n].size());
-    map.ranks[n].push_back(static_cast<int>(r));
-  }
+  const NodeMap map = number_nodes(comm.rank(), firsts);
   ARCUS_CHECK(static_cast<int>(map.mine().size()) == node.size(),
               "{} ranks name the same first neighbour, the node has {}", map.mine().size(),
               node.size());

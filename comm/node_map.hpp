@@ -28,6 +28,8 @@ struct NodeMap {
   std::vector<int> relayed_by(int relay) const;
 };
 
+/// `names[r]` says which node rank r is on.
+NodeMap number_nodes(int rank, const std::vector<std::int64_t>& names);
 /// `node` = the ranks of `comm` on this rank's node (Communicator::split_by_node). Collective.
 NodeMap map_nodes(Communicator& comm, Communicator& node);
 

@@ -107,10 +107,12 @@ class SharedDispatcher final : public TokenDispatcher {
                   bytes);
     return {"received rows", memory_->part(static_cast<int>(place_)), memory_->bytes()};
   }
-  std::int64_t buffer_bytes() const override {
-    return std::ssize(row_pointers_) * (scalar_bytes_ + std::int64_t{sizeof(void*)}) +
-           (rails_ ? Rails::buffer_bytes(nodes_, options()) : 0);
+  static std::int64_t buffer_bytes(const NodeMap& nodes, const DispatcherOptions& options) {
+    const std::int64_t scalar = static_cast<std::int64_t>(size_of(accumulate_dtype(options.dtype)));
+    return options.max_tokens * options.slots_per_token * (scalar + std::int64_t{sizeof(void*)}) +
+           (nodes.num_nodes() > 1 ? Rails::buffer_bytes(nodes, options) : 0);
   }
+  std::int64_t buffer_bytes() const override { return buffer_bytes(nodes_, options()); }
 
   Event dispatch(Stream& stream, const DispatchPlan& plan, ConstTensorView tokens,
                  ConstTensorView slot_scalars, TensorView rows, TensorView row_scalars) override {
@@ -132,7 +134,7 @@ class SharedDispatcher final : public TokenDispatcher {
     for (std::size_t i = 0; i < ranks_.size(); ++i) {
       const std::size_t peer = (place_ + i) % ranks_.size();
       if (plan.send_counts[index(ranks_[peer])] == 0) continue;
-      if (i > 0) stream.wait(ready_.until(num_dispatches_, static_cast<int>(peer)));
+      if (i > 0) stream.wait(ready_.until(num_dispatches_, static_cast<int>(peer), incoming));
       push(stream, plan, tokens, slot_scalars, peer);
     }
     if (!rails_) {
@@ -208,9 +210,11 @@ class SharedDispatcher final : public TokenDispatcher {
   class Waiting final : public Pending {
    public:
     Waiting(SharedDispatcher& owner, Flag Board::*flag) : owner_(owner), flag_(flag) {}
-    Event until(std::uint64_t count, int only = -1) {
+    /// `moving`: an exchange that goes on only when it is looked at.
+    Event until(std::uint64_t count, int only = -1, Event moving = Event()) {
       count_ = count;
       only_ = only;
+      moving_ = moving;
       return Event(this);
     }
     bool test() override {
@@ -226,6 +230,7 @@ class SharedDispatcher final : public TokenDispatcher {
           pause_briefly();
           if (test()) return;
         }
+        moving_.test();
         sched_yield();
         if (turn % kTurnsBetweenChecks == 0) owner_.comm().check_peers();
       }
@@ -239,6 +244,7 @@ class SharedDispatcher final : public TokenDispatcher {
     Flag Board::*flag_;
     std::uint64_t count_ = 0;
     int only_ = -1;
+    Event moving_;
   };
 
   /// A dispatch with rails: what has come is put in its place, then all have to say so.
@@ -490,6 +496,13 @@ class SharedDispatcher final : public TokenDispatcher {
 };
 
 }  // namespace
+
+std::int64_t shared_dispatcher_bytes(const DispatcherOptions& options, int num_ranks,
+                                     int ranks_per_node) {
+  std::vector<std::int64_t> names;
+  for (int rank = 0; rank < num_ranks; ++rank) names.push_back(rank / ranks_per_node);
+  return SharedDispatcher::buffer_bytes(number_nodes(0, names), options);
+}
 
 std::unique_ptr<TokenDispatcher> make_shared_dispatcher(Communicator& ep,
                                                         const DispatcherOptions& options) {

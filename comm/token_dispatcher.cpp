@@ -132,8 +132,10 @@ DispatchPlan TokenDispatcher::make_plan_storage(Arena& arena) const {
   }
   add_plan_storage(arena, plan);
   const auto segments = static_cast<std::size_t>(counting_->local_experts * ranks);
-  void* memory = arena.allocate_bytes(static_cast<std::int64_t>(segments * sizeof(Segment)));
-  plan.storage.segments = {static_cast<Segment*>(memory), memory == nullptr ? 0 : segments};
+  for (auto* list : {&plan.storage.segments, &plan.storage.own_then_others}) {
+    void* memory = arena.allocate_bytes(static_cast<std::int64_t>(segments * sizeof(Segment)));
+    *list = {static_cast<Segment*>(memory), memory == nullptr ? 0 : segments};
+  }
   plan.slots_per_token = options_.slots_per_token;
   return plan;
 }
@@ -379,6 +381,20 @@ void TokenDispatcher::place_segments(DispatchPlan& plan) {
     }
   }
   plan.segments = plan.storage.segments.first(num_segments);
+  const std::int64_t own_begin = plan.recv_offsets[static_cast<std::size_t>(comm_->rank())];
+  const std::int64_t own_end =
+      own_begin + plan.recv_counts[static_cast<std::size_t>(comm_->rank())];
+  const auto is_own = [&](const Segment& segment) {
+    return segment.row_begin >= own_begin && segment.row_begin < own_end;
+  };
+  const std::span<Segment> apart = plan.storage.own_then_others.first(num_segments);
+  const auto own = static_cast<std::size_t>(
+      std::copy_if(plan.segments.begin(), plan.segments.end(), apart.begin(), is_own) -
+      apart.begin());
+  std::copy_if(plan.segments.begin(), plan.segments.end(), apart.begin() + own,
+               [&](const Segment& segment) { return !is_own(segment); });
+  plan.own_segments = apart.first(own);
+  plan.other_segments = apart.subspan(own);
 }
 
 }  // namespace arcus

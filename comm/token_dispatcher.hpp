@@ -64,7 +64,8 @@ class TokenDispatcher {
   virtual Arena make_row_memory(std::int64_t bytes);
   /// The way back of rows[R, H] (contiguous) and row_scalars[1, R]; null data: no scalars, on all
   /// ranks alike (a rank that received no row passes a view of no columns with data). `slot_rows`
-  /// is filled at once and may be read when the event is complete.
+  /// is filled at once and may be read when the event is complete. Rows of own tokens stay where
+  /// they are and may still be written until then; scalars are all complete.
   virtual Event combine(Stream& stream, const DispatchPlan& plan, ConstTensorView rows,
                         ConstTensorView row_scalars, SlotRows& slot_rows) = 0;
   /// What combine gave has been used: other ranks may have their rows back. To be called after
@@ -124,6 +125,11 @@ std::int64_t flat_dispatcher_bytes(const DispatcherOptions& options);
 /// Null, on all ranks alike, where some node's ranks cannot share memory. Collective.
 std::unique_ptr<TokenDispatcher> make_shared_dispatcher(Communicator& ep,
                                                         const DispatcherOptions& options);
+/// Its buffer_bytes() on the first of `num_ranks` ranks when every `ranks_per_node` consecutive
+/// ones share a node.
+std::int64_t shared_dispatcher_bytes(const DispatcherOptions& options, int num_ranks,
+                                     int ranks_per_node);
+
 enum class DispatchPath { automatic, flat, shared };
 /// "auto", "flat" or "shared".
 DispatchPath dispatch_path_from_name(std::string_view name);

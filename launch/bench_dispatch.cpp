@@ -315,9 +315,9 @@ ExitCode bench_dispatch(Session& session, const BenchOptions& options) {
   const DispatchPath path = dispatch_path_from_name(options.config.parallel.dispatch);
   session.together([&] {
     ARCUS_REQUIRE(
-        path != DispatchPath::shared || can_share, ExitCode::usage,
-        "parallel.dispatch is \"shared\", but the ranks of a node cannot share memory, or "
-        "there is one alone; set it to \"auto\"");
+        path != DispatchPath::shared || can_share || session.comm().size() == 1, ExitCode::usage,
+        "parallel.dispatch is \"shared\", but the ranks of a node cannot share memory; set "
+        "it to \"auto\"");
   });
   if (session.is_root()) {
     fmt::print(

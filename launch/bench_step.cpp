@@ -15,6 +15,7 @@
 #include "src/base/error.hpp"
 #include "src/base/rng.hpp"
 #include "src/data/prepare.hpp"
+#include "src/train/evaluation.hpp"
 
 namespace arcus {
 namespace {
@@ -83,15 +84,31 @@ double bytes_per_step(ModelInstance& instance, const Trainer& trainer) {
 
 struct StepFigures {
   Samples samples;
+  Samples forward;              ///< evaluation, of as many tokens as a step has
   double profiled_seconds = 0;  ///< of options.repeats steps with a profile
   double flops = 0;             ///< of all ranks, per step
   double bytes = 0;             ///< of all ranks, per step
 };
 
+/// Times the evaluation that `arcus train` and `arcus eval` use.
+void time_forward(Session& session, Stream& stream, const Config& config, ModelInstance& instance,
+                  const TokenDataset& dataset, const BenchOptions& options, StepFigures& figures) {
+  const std::int64_t batches = config.train.global_batch_seqs / config.train.micro_batch_seqs;
+  std::int64_t tokens = 0;
+  figures.forward = measure(session, stream, options.repeats, [&] {
+    const EvalMetrics eval = evaluate(instance, dataset, config.data, {}, batches, 0);
+    tokens = 0;
+    for (const DomainEval& domain : eval.domains) tokens += domain.tokens;
+  });
+  if (tokens == 0) figures.forward.ms.clear();  // no held-out text
+  const auto wanted = static_cast<double>(config.train.global_batch_seqs * config.train.seq_len);
+  for (double& ms : figures.forward.ms) ms *= wanted / static_cast<double>(tokens);
+}
+
 /// Times whole steps of the Trainer that `arcus train` uses.
 StepFigures time_steps(Session& session, Stream& stream, const Config& config,
-                       const TokenDataset& dataset, const BenchOptions& options, Profile* profile,
-                       const std::string& trace) {
+                       const TokenDataset& dataset, const BenchOptions& options, bool with_forward,
+                       Profile* profile, const std::string& trace) {
   const TrainerOptions trainer_config = trainer_options(config, resolve_model(config, &dataset));
   const int ep_size =
       resolve_ep_size(config.parallel.ep_size, session.comm().size(), config.model.num_experts);
@@ -106,6 +123,7 @@ StepFigures time_steps(Session& session, Stream& stream, const Config& config,
     StepRequests requests;
     trainer.step(sampler, requests);
   });
+  if (with_forward) time_forward(session, stream, config, instance, dataset, options, figures);
   if (profile != nullptr) {
     stream.set_profile(profile);
     const auto steps = [&](std::int64_t count, bool with_events) {
@@ -157,10 +175,18 @@ void print_table(const Config& config, const StepFigures& exact, const StepFigur
   };
   fmt::print("{:<44} {:>10} {:>12}\n", "", "ms a step", "tokens/s");
   line("step", exact.samples.median(),
-       fmt::format("{:.2f} to {:.2f} ms", exact.samples.least(), exact.samples.most()));
+       fmt::format("{:.0f} % of the measured peak; {:.2f} to {:.2f} ms",
+                   100 * compute_ms / exact.samples.median(), exact.samples.least(),
+                   exact.samples.most()));
   line("step with plain f32 sums", plain.samples.median(),
        fmt::format("order-independent sums cost {:+.1f} %",
                    100 * (exact.samples.median() / plain.samples.median() - 1)));
+  if (!exact.forward.ms.empty()) {
+    // Backward is twice the forward pass.
+    line("forward alone (evaluation)", exact.forward.median(),
+         fmt::format("{:.0f} % of the measured peak",
+                     100 * compute_ms / 3 / exact.forward.median()));
+  }
   line("roofline", roofline_ms,
        fmt::format("{:.0f} % of it is reached", 100 * roofline_ms / exact.samples.median()));
   line("  operations at the measured peak", compute_ms,
@@ -198,10 +224,11 @@ ExitCode bench_step(Session& session, const BenchOptions& options) {
   config.run.reproducible = true;
   Profile profile(stream.num_threads(), true);
   const bool profiled = options.account || !options.trace.empty();
-  const StepFigures exact = time_steps(session, stream, config, dataset, options,
+  const StepFigures exact = time_steps(session, stream, config, dataset, options, true,
                                        profiled ? &profile : nullptr, options.trace);
   config.run.reproducible = false;
-  const StepFigures plain = time_steps(session, stream, config, dataset, options, nullptr, "");
+  const StepFigures plain =
+      time_steps(session, stream, config, dataset, options, false, nullptr, "");
   const Machine after = measure_machine(session, stream, dtype);
   // Clocks wander: the machine is measured on both sides.
   const Machine machine{(before.gflops + after.gflops) / 2, (before.gbytes + after.gbytes) / 2};

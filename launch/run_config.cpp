@@ -503,9 +503,12 @@ std::vector<std::string> keys_without_effect(const Config& config) {
     lines.push_back(fmt::format("{}.{} = {} has no effect without {}", prefix, use.key,
                                 to_toml_text(option, value), use.needs));
   };
+  std::int64_t overridden = 0;
+  for (const RoutingOverride& o : overrides) overridden += o.last_layer - o.first_layer + 1;
+  const bool others = config.model.num_layers - config.model.first_k_dense > overridden;
   for (const KeyUse& use : key_uses()) {
     // Layers that an override names take the key from [routing] where their row does not give it.
-    bool used = use.used(config.routing);
+    bool used = others && use.used(config.routing);
     for (std::size_t i = 0; i < overrides.size(); ++i) {
       const RoutingConfig& routing = overrides[i].with.routing;
       if (!config.routing_overrides[i].given.contains(std::string(use.key))) {

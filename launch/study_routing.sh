@@ -43,7 +43,10 @@ extra_of() { case "$1" in unbalanced) echo "--set routing.aux_loss=0" ;; esac; }
 
 train_and_evaluate() {
   name=$1
-  [ -s "$out/$name.json" ] && return
+  if [ -s "$out/$name.json" ]; then
+    [ "$(cat "$out/$name.steps" 2>/dev/null)" = "$steps" ] && return
+    rm -rf "${out:?}/$name" "$out/$name.json"  # of another number of steps
+  fi
   # The file's extra settings are words without blanks.
   # shellcheck disable=SC2046
   $mpirun_2 "$arcus" train "launch/configs/routing/$(config_of "$name").toml" \
@@ -51,6 +54,7 @@ train_and_evaluate() {
     --set eval.every=0 --set checkpoint.every=0 $(extra_of "$name") >"$out/$name.log" 2>&1 ||
     { tail -n 5 "$out/$name.log" >&2; exit 1; }
   $mpirun_2 "$arcus" eval "$out/$name" --data $data --json --routing >"$out/$name.tmp"
+  echo "$steps" >"$out/$name.steps"
   mv "$out/$name.tmp" "$out/$name.json"
 }
 
@@ -58,9 +62,10 @@ train_and_evaluate() {
 # parts, as the configurations train on them, and with each as long as it is; experts that got less
 # than a twentieth of their share, domains in equal parts.
 load_of() {
-  jq -r 'def load: max * length / add;
+  jq -r 'def load: add as $sum | if $sum == 0 then 0 else max * length / $sum end;
+    def shares: add as $sum | map(if $sum == 0 then 0 else . / $sum end);
     [.eval[].tokens_per_expert] | transpose | map(select(.[0] | length > 0))
-    | map({equal: (map(add as $sum | map(. / $sum)) | transpose | map(add)), whole: (transpose | map(add))})
+    | map({equal: (map(shares) | transpose | map(add)), whole: (transpose | map(add))})
     | map(. + {dead: (.equal | add as $sum | length as $n | map(select(. * $n * 20 < $sum)) | length)})
     | "\(map(.equal | load) | max | . * 100 | round / 100) \(map(.whole | load) | max | . * 100 | round / 100) \(map(.dead) | add)"' "$1"
 }
@@ -100,7 +105,8 @@ write_report() {
     echo "![loss](loss.png)"
     echo
     echo "![experts by domain](experts.png)"
-  } >"$report"
+  } >"$report.tmp"
+  mv "$report.tmp" "$report"
   echo "written: $report"
 }
 

@@ -28,6 +28,7 @@ struct Arguments {
   std::string resume = "auto";
   bool plan = false;
   int ranks = 1;
+  int ranks_per_node = 0;
 };
 
 constexpr const char* kFooter =
@@ -58,7 +59,9 @@ int print_plan(const Arguments& arguments) {
                           ? static_cast<int>(config.parallel.threads)
                           : std::max(1, available_cores() / arguments.ranks);
   const TrainerOptions options = trainer_options(config, resolve_model(config, data));
-  fmt::print("{}", to_text(make_plan(options, arguments.ranks, config.parallel.ep_size, threads)));
+  const int per_node = arguments.ranks_per_node > 0 ? arguments.ranks_per_node : arguments.ranks;
+  fmt::print("{}", to_text(make_plan(options, arguments.ranks, per_node, config.parallel.ep_size,
+                                     threads)));
   for (const std::string& line : keys_without_effect(config)) spdlog::warn("{}", line);
   return static_cast<int>(ExitCode::ok);
 }
@@ -110,6 +113,11 @@ void add_train_command(CLI::App& app, Action& action) {
       ->needs(plan)
       ->capture_default_str()
       ->check(whole_number(1, 1 << 24))
+      ->type_name("N");
+  command->add_option("--ranks-per-node", args->ranks_per_node, "of them on a node; 0 = all on one")
+      ->needs(plan)
+      ->capture_default_str()
+      ->check(whole_number(0, 1 << 24))
       ->type_name("N");
   command->footer(kFooter);
   command->callback([&action, args] {

@@ -136,8 +136,8 @@ void TrainRun::print_plan() {
     if (!changed.empty()) log_lines("configuration, other than the defaults:\n" + changed);
     const TrainerOptions options = trainer_options(config_, resolve_model(config_, &dataset_));
     for (const std::string& line : keys_without_effect(config_)) spdlog::warn("{}", line);
-    log_lines(to_text(make_plan(options, session_.comm().size(), config_.parallel.ep_size,
-                                stream_->num_threads())));
+    log_lines(to_text(make_plan(options, session_.comm().size(), session_.comm().node_size(),
+                                config_.parallel.ep_size, stream_->num_threads())));
   });
 }
 

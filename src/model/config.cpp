@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <optional>
 #include <utility>
 
 #include "src/base/error.hpp"
@@ -57,7 +58,10 @@ void validate_experts(const ModelConfig& m) {
 
 }  // namespace
 
-void validate(const ModelConfig& m, const RoutingConfig& r) {
+namespace {
+
+/// `row` of the overrides, where the routing is one of those.
+void validate(const ModelConfig& m, const RoutingConfig& r, std::optional<std::size_t> row) {
   require_positive("hidden_size", m.hidden_size);
   require_positive("num_layers", m.num_layers);
   require_positive("num_heads", m.num_heads);
@@ -70,12 +74,19 @@ void validate(const ModelConfig& m, const RoutingConfig& r) {
   validate_attention(m);
   validate_experts(m);
   find_score(r.score);
-  check_routing(m, r);
+  check_routing(m, r, row);
+}
+
+}  // namespace
+
+void validate(const ModelConfig& model, const RoutingConfig& routing) {
+  validate(model, routing, std::nullopt);
 }
 
 void validate(const ModelConfig& model, const std::vector<RoutingOverride>& overrides) {
   std::vector<bool> named(static_cast<std::size_t>(model.num_layers));
-  for (const RoutingOverride& o : overrides) {
+  for (std::size_t row = 0; row < overrides.size(); ++row) {
+    const RoutingOverride& o = overrides[row];
     const std::string layers = o.first_layer == o.last_layer
                                    ? fmt::format("{}", o.first_layer)
                                    : fmt::format("{}-{}", o.first_layer, o.last_layer);
@@ -100,7 +111,7 @@ void validate(const ModelConfig& model, const std::vector<RoutingOverride>& over
     ModelConfig own = model;
     own.topk = o.with.topk;
     try {
-      validate(own, o.with.routing);
+      validate(own, o.with.routing, row);
     } catch (const Error& error) {
       throw Error(error.code(),
                   fmt::format("in layer{} {}: {}", o.first_layer == o.last_layer ? "" : "s", layers,

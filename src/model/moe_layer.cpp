@@ -109,17 +109,28 @@ void MoeLayer::forward(PassContext& ctx, const ParamStore& params, TokenDispatch
     shared_out = ctx.scratch.allocate(h.dtype, h.rows, h.cols);
     forward_shared(ctx, params, shared_out, h, saved);
   }
+  const auto experts = [&](std::span<const Segment> segments) {
+    ffn_forward(ctx.stream, {.y = saved.y,
+                             .gate_up = saved.gate_up,
+                             .act = saved.act,
+                             .x = saved.x,
+                             .weights = expert_weights(params),
+                             .shape = shape_,
+                             .segments = segments});
+  };
+  // Own rows are worked on while those of others travel: some of them on the way here, some on the
+  // way back.
+  const std::span<const Segment> own = saved.plan.own_segments;
+  const std::size_t early = dispatcher.comm().size() > 1 ? own.size() / 2 : own.size();
+  experts(own.first(early));
   ctx.stream.wait(arrived);
-  ffn_forward(ctx.stream, {.y = saved.y,
-                           .gate_up = saved.gate_up,
-                           .act = saved.act,
-                           .x = saved.x,
-                           .weights = expert_weights(params),
-                           .shape = shape_,
-                           .segments = saved.plan.segments});
+  experts(saved.plan.other_segments);
   ctx.beat("combine");
   SlotRows slots;
-  ctx.stream.wait(dispatcher.combine(ctx.stream, saved.plan, saved.y, {}, slots));
+  const Event returned = dispatcher.combine(ctx.stream, saved.plan, saved.y, {}, slots);
+  ctx.stream.poll_between_tasks(returned);
+  experts(own.subspan(early));
+  ctx.stream.wait(returned);
   weighted_sum(ctx.stream, {.out = out,
                             .slot_rows = slots.rows.data(),
                             .weight = saved.routing.weight,
@@ -189,24 +200,28 @@ void MoeLayer::backward(PassContext& ctx, const ParamStore& params, TokenDispatc
     dh_shared = ctx.scratch.allocate(compute, h.rows, hidden);
     backward_shared(ctx, params, dh_shared, dout, h, saved);
   }
-  ctx.stream.wait(arrived);
-
   const std::int64_t f = shape_.ff_size;
   const TensorView dx = ctx.rows.allocate(compute, rows, hidden);
   const TensorView drow_weight = ctx.rows.allocate(acc, 1, rows);
   const TensorView dy = ctx.scratch.allocate(compute, padded, hidden, ffn_row_stride(hidden));
   const TensorView dgate_up = ctx.scratch.allocate(compute, padded, 2 * f, ffn_row_stride(2 * f));
-  ffn_backward(ctx.stream, {.dx = dx,
-                            .drow_weight = drow_weight,
-                            .dy = dy,
-                            .dgate_up = dgate_up,
-                            .dout = dout_rows,
-                            .row_weight = row_weight,
-                            .y = saved.y,
-                            .gate_up = saved.gate_up,
-                            .weights = expert_weights(params),
-                            .shape = shape_,
-                            .segments = saved.plan.segments});
+  const auto experts = [&](std::span<const Segment> segments) {
+    ffn_backward(ctx.stream, {.dx = dx,
+                              .drow_weight = drow_weight,
+                              .dy = dy,
+                              .dgate_up = dgate_up,
+                              .dout = dout_rows,
+                              .row_weight = row_weight,
+                              .y = saved.y,
+                              .gate_up = saved.gate_up,
+                              .weights = expert_weights(params),
+                              .shape = shape_,
+                              .segments = segments});
+  };
+  // As in the forward pass; the weights' gradients are what hides the way back.
+  experts(saved.plan.own_segments);
+  ctx.stream.wait(arrived);
+  experts(saved.plan.other_segments);
   ctx.beat("combine of gradients");
   SlotRows slots;
   const Event returned = dispatcher.combine(ctx.stream, saved.plan, dx, drow_weight, slots);

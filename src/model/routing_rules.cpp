@@ -93,7 +93,10 @@ Refusal check_select_topk(const ModelConfig& m, const RoutingConfig& r) {
   const SelectRow& select = find_select(r.select);
   if (select.topk == 0 || m.topk == select.topk) return {};
   // More choices than now must fit into the groups and leave experts over.
-  const bool fits = m.topk > select.topk || (m.num_experts > select.topk && r.n_group == 1);
+  const bool all_chosen = m.num_experts == select.topk;
+  const bool fits =
+      m.topk > select.topk || (m.num_experts >= select.topk && r.n_group == 1 &&
+                               (!all_chosen || (r.load_loss == 0 && r.quantile_rate == 0)));
   return not_with_select(r, given("model.topk", m.topk),
                          fits ? Settings{set("model.topk", select.topk)} : Settings());
 }
@@ -378,11 +381,13 @@ Refusal check_stream_leak(const ModelConfig&, const RoutingConfig& r) {
 /// What the selection takes at all comes first: it is what a user named.
 constexpr std::array kRules{
     RoutingRule{"topk is at most num_experts", check_topk},
-    RoutingRule{"`second_sampled` takes topk = 2", check_select_topk},
-    RoutingRule{"`dense` takes topk = num_experts", check_all_experts},
-    RoutingRule{"`expert_choice` needs capacity_factor", check_prediction_capacity},
-    RoutingRule{"`expert_choice` does not take renormalize", check_prediction_weights},
-    RoutingRule{"`expert_choice` needs allow_future_leak", check_future_leak},
+    RoutingRule{"topk is what the select takes", check_select_topk},
+    RoutingRule{"topk is num_experts where the select weighs all experts", check_all_experts},
+    RoutingRule{"a select that looks at later tokens needs capacity_factor",
+                check_prediction_capacity},
+    RoutingRule{"a select that looks at later tokens does not take renormalize",
+                check_prediction_weights},
+    RoutingRule{"a select that looks at later tokens needs allow_future_leak", check_future_leak},
     RoutingRule{"n_group > 1 needs a select that takes groups", check_select_groups},
     RoutingRule{"expert_bias_rate needs a select that takes a bias", check_select_bias},
     RoutingRule{"quantile_rate needs a select that takes a bias", check_select_quantiles},
@@ -402,7 +407,8 @@ constexpr std::array kRules{
     RoutingRule{"capacity_factor is 0 or at least 0.000001", check_capacity_factor},
     RoutingRule{"eval_capacity_factor is 0 or at least 0.000001", check_eval_capacity_factor},
     RoutingRule{"pad_to_capacity needs capacity_factor", check_padding},
-    RoutingRule{"pad_to_capacity does not go with stream `threshold`", check_padded_stream},
+    RoutingRule{"pad_to_capacity needs a stream in which the number of tokens is known",
+                check_padded_stream},
     RoutingRule{"renormalize_after_drop needs renormalize", check_weights_after_drop},
     RoutingRule{"load_loss needs noise", check_load_noise},
     RoutingRule{"load_loss needs topk < num_experts", check_load_topk},
@@ -411,15 +417,21 @@ constexpr std::array kRules{
     RoutingRule{"quantile_rate needs a stream in which all tokens go", check_quantile_stream},
     RoutingRule{"center_bias needs expert_bias_rate", check_center_bias},
     RoutingRule{"stream_target_loss needs a stream that decides", check_stream_target},
-    RoutingRule{"stream `capacity` needs allow_future_leak", check_stream_leak}};
+    RoutingRule{"a stream that looks at later tokens needs allow_future_leak", check_stream_leak}};
 
-bool drops(const RoutingConfig& r) { return r.capacity_factor > 0 || r.eval_capacity_factor > 0; }
+/// Experts that choose their tokens themselves drop none.
+bool drops(const RoutingConfig& r) {
+  return (r.capacity_factor > 0 && !find_select(r.select).predicts) || r.eval_capacity_factor > 0;
+}
+bool has_capacity(const RoutingConfig& r) {
+  return r.capacity_factor > 0 || r.eval_capacity_factor > 0;
+}
 
 constexpr std::array kKeyUses{
     KeyUse{"group_score", "n_group > 1", [](const RoutingConfig& r) { return r.n_group > 1; }},
-    KeyUse{"min_capacity", "a capacity factor", drops},
-    KeyUse{"drop_policy", "a capacity factor", drops},
-    KeyUse{"renormalize_after_drop", "a capacity factor", drops},
+    KeyUse{"min_capacity", "a capacity factor", has_capacity},
+    KeyUse{"drop_policy", "a capacity factor that drops", drops},
+    KeyUse{"renormalize_after_drop", "a capacity factor that drops", drops},
     KeyUse{"aux_scope", "aux_loss", [](const RoutingConfig& r) { return r.aux_loss > 0; }},
     KeyUse{"sinkhorn_iterations", "select \"sinkhorn\"",
            [](const RoutingConfig& r) { return r.select == "sinkhorn"; }},
@@ -457,10 +469,10 @@ std::string select_table_text() {
 
 std::string stream_table_text() {
   std::string text =
-      "| stream | what | select | quantile_rate | pad_to_capacity | target | allow_future_leak |\n"
-      "|---|---|---|---|---|---|---|\n";
+      "| stream | what | quantile_rate | pad_to_capacity | target | allow_future_leak |\n"
+      "|---|---|---|---|---|---|\n";
   for (const StreamRow& stream : stream_table()) {
-    text += fmt::format("| {} | {} | any | {} | {} | {} | {} |\n", stream.name, stream.what,
+    text += fmt::format("| {} | {} | {} | {} | {} | {} |\n", stream.name, stream.what,
                         mark(stream.passes_all), mark(stream.passes_all || stream.predicts),
                         mark(stream.decides), stream.predicts ? "needed" : "-");
   }
@@ -469,13 +481,16 @@ std::string stream_table_text() {
 
 }  // namespace
 
-std::string Refusal::message() const {
+std::string Refusal::message(std::optional<std::size_t> row) const {
+  const auto key_of = [&](const std::string& key) {
+    return row ? fmt::format("routing.override.{}.{}", *row, key.substr(key.rfind('.') + 1)) : key;
+  };
   std::string text = problem + "; ";
   for (std::size_t i = 0; i < remedies.size(); ++i) {
     text += i == 0 ? "set " : ", or set ";
     for (std::size_t j = 0; j < remedies[i].size(); ++j) {
       const Setting& setting = remedies[i][j];
-      text += fmt::format("{}{} to {}{}", j == 0 ? "" : " and ", setting.key, setting.value,
+      text += fmt::format("{}{} to {}{}", j == 0 ? "" : " and ", key_of(setting.key), setting.value,
                           setting.remark);
     }
   }
@@ -485,10 +500,15 @@ std::string Refusal::message() const {
 std::span<const RoutingRule> routing_rules() { return kRules; }
 std::span<const KeyUse> key_uses() { return kKeyUses; }
 
-void check_routing(const ModelConfig& model, const RoutingConfig& routing) {
+void check_routing(const ModelConfig& model, const RoutingConfig& routing,
+                   std::optional<std::size_t> row) {
+  ARCUS_CHECK(routing.n_group > 0 && routing.topk_group > 0 && model.num_experts > 0,
+              "{} of {} groups of {} experts", routing.topk_group, routing.n_group,
+              model.num_experts);
   for (const RoutingRule& rule : kRules) {
     const Refusal refusal = rule.check(model, routing);
-    ARCUS_REQUIRE(refusal.remedies.empty(), ExitCode::usage, "{}", refusal.message());
+    ARCUS_CHECK(refusal.empty() == refusal.remedies.empty(), "\"{}\" names no remedy", rule.rule);
+    ARCUS_REQUIRE(refusal.empty(), ExitCode::usage, "{}", refusal.message(row));
   }
 }
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -26,12 +27,15 @@ struct Refusal {
   /// Each set of settings alone makes the rule hold and breaks none that held.
   std::vector<std::vector<Setting>> remedies;
 
-  std::string message() const;
+  bool empty() const { return problem.empty(); }
+  /// What is wrong and what would do. With `row`, for that row of [[routing.override]], whose keys
+  /// are named.
+  std::string message(std::optional<std::size_t> row = {}) const;
 };
 
 struct RoutingRule {
   std::string_view rule;  ///< in words
-  /// No remedies: the rule holds.
+  /// Empty: the rule holds. Else there is a remedy.
   Refusal (*check)(const ModelConfig& model, const RoutingConfig& routing);
 };
 
@@ -46,8 +50,9 @@ struct KeyUse {
 
 std::span<const KeyUse> key_uses();
 
-/// Throws (usage) with the message of the first rule that does not hold.
-void check_routing(const ModelConfig& model, const RoutingConfig& routing);
+/// Throws (usage) with the message of the first rule that does not hold; `row` as in message().
+void check_routing(const ModelConfig& model, const RoutingConfig& routing,
+                   std::optional<std::size_t> row = {});
 /// What goes with what as Markdown: the properties of the select and stream rows, then every rule
 /// and the keys that need others.
 std::string combinations_text();

@@ -101,8 +101,8 @@ std::string bytes_text(std::int64_t bytes) {
   return unit == 0 ? fmt::format("{} B", bytes) : fmt::format("{:.1f} {}", value, units[unit]);
 }
 
-TrainPlan make_plan(const TrainerOptions& options, int num_ranks, std::int64_t ep_size,
-                    int threads_per_rank) {
+TrainPlan make_plan(const TrainerOptions& options, int num_ranks, int ranks_per_node,
+                    std::int64_t ep_size, int threads_per_rank) {
   TrainPlan plan;
   plan.num_ranks = num_ranks;
   plan.ep_size = resolve_ep_size(ep_size, num_ranks, options.model.num_experts);
@@ -111,7 +111,7 @@ TrainPlan make_plan(const TrainerOptions& options, int num_ranks, std::int64_t e
   ProcessGroups groups{&world, std::make_unique<PlannedCommunicator>(0, plan.ep_size),
                        std::make_unique<PlannedCommunicator>(0, num_ranks / plan.ep_size)};
   Stream stream(1);
-  // Which ranks share a node is not known here; messages to every rank need the most memory.
+  // Nobody is there to share memory with: planned as messages to every rank, and compared below.
   InstanceOptions planned = instance_options(options);
   planned.dispatch_path = DispatchPath::flat;
   ModelInstance instance(std::move(groups), stream, planned);
@@ -129,6 +129,16 @@ TrainPlan make_plan(const TrainerOptions& options, int num_ranks, std::int64_t e
   plan.training_flops_per_token =
       instance.transformer().training_flops_per_token(options.train.seq_len);
   plan.bytes = instance.byte_rows();
+  if (plan.ep_size > 1 && options.dispatch_path != DispatchPath::flat) {
+    // Whether a node's ranks can share memory shows when they meet: the larger of the two ways.
+    const std::int64_t shared =
+        shared_dispatcher_bytes(instance.dispatcher().options(), plan.ep_size, ranks_per_node);
+    for (ByteRow& row : plan.bytes) {
+      if (row.purpose != "exchange buffers") continue;
+      row.balanced = std::max(row.balanced, shared);
+      row.worst = std::max(row.worst, shared);
+    }
+  }
   plan.bytes.insert(plan.bytes.begin() + 2, {"optimizer (moments, master, gradients)",
                                              optimizer.bytes(), optimizer.bytes()});
   add_advice(options, plan);

@@ -34,9 +34,10 @@ struct TrainPlan {
   std::vector<std::string> advice;  ///< sentences; what could be better
 };
 
-/// `ep_size` 0 = auto. Throws (usage) where the layout is impossible.
-TrainPlan make_plan(const TrainerOptions& options, int num_ranks, std::int64_t ep_size,
-                    int threads_per_rank);
+/// `ep_size` 0 = auto; every `ranks_per_node` consecutive ranks share a node. Throws (usage) where
+/// the layout is impossible.
+TrainPlan make_plan(const TrainerOptions& options, int num_ranks, int ranks_per_node,
+                    std::int64_t ep_size, int threads_per_rank);
 /// A few lines and the byte table.
 std::string to_text(const TrainPlan& plan);
 

@@ -376,6 +376,24 @@ TEST(Peak, IsMeasured) {
   EXPECT_GT(measure_triad(stream), 0);
 }
 
+// What was polled may be gone once it was waited for.
+TEST(Stream, LooksNoMoreAtWhatWasWaitedFor) {
+  struct Counted final : Pending {
+    bool test() override { return ++looks > 0 && complete; }
+    void wait() override { complete = true; }
+    bool complete = false;
+    int looks = 0;
+  } pending;
+  Stream stream(1);
+  stream.poll_between_tasks(Event(&pending));
+  stream.poll();
+  EXPECT_EQ(pending.looks, 1);
+  stream.wait(Event(&pending));
+  const int looks = pending.looks;
+  stream.poll();
+  EXPECT_EQ(pending.looks, looks);
+}
+
 TEST(Stream, NeedsAThread) { EXPECT_THROW(Stream(0), Error); }
 
 }  // namespace

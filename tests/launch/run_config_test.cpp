@@ -6,6 +6,8 @@
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <regex>
+#include <set>
 
 #include "src/base/error.hpp"
 #include "src/base/rng.hpp"
@@ -273,7 +275,7 @@ const std::vector<std::vector<std::string>>& setting_choices() {
 std::vector<bool> rules_that_hold(const Config& config) {
   std::vector<bool> holds;
   for (const RoutingRule& rule : routing_rules()) {
-    holds.push_back(rule.check(config.model, config.routing).remedies.empty());
+    holds.push_back(rule.check(config.model, config.routing).empty());
   }
   return holds;
 }
@@ -331,6 +333,35 @@ TEST(RunConfig, WhatARefusalNamesInsteadIsAccepted) {
   }
 }
 
+// The same for a layer of its own: what the message names is that row's key.
+TEST(RunConfig, RemediesOfAnOverrideNameItsKeys) {
+  Config config;
+  for (const char* assignment :
+       {"routing.aux_loss=0.02", "routing.override.0.layers=0", "routing.override.0.z_loss=1",
+        "routing.override.1.layers=1", "routing.override.1.select=hash",
+        "routing.override.1.topk=1", "routing.override.1.n_group=2"}) {
+    apply_set(config, assignment);
+  }
+  std::set<std::string> seen;
+  for (std::string message; !(message = usage_error([&] { validate(config); })).empty();) {
+    ASSERT_TRUE(seen.insert(message).second) << "comes again: " << message;
+    EXPECT_TRUE(message.starts_with("in layer 1: ")) << message;
+    // The first remedy, as it stands there.
+    std::smatch found;
+    const std::regex setting("(?:set|and) (\\S+) to (\\S+?)(?:,|$| and| if)");
+    const std::string first = message.substr(message.find("; set ") + 2);
+    const std::string remedy = first.substr(0, first.find(", or set"));
+    auto it = std::sregex_iterator(remedy.begin(), remedy.end(), setting);
+    ASSERT_NE(it, std::sregex_iterator()) << remedy;
+    for (; it != std::sregex_iterator(); ++it) {
+      EXPECT_TRUE((*it)[1].str().starts_with("routing.override.1.")) << message;
+      apply_set(config, (*it)[1].str() + "=" + (*it)[2].str());
+    }
+  }
+  EXPECT_EQ(seen.size(), 3);  // groups, the aux loss, renormalized top-1
+  EXPECT_EQ(config.routing.aux_loss, 0.02);
+}
+
 TEST(RunConfig, KeysWithoutEffectAreNamed) {
   const auto lines_of = [](std::initializer_list<const char*> sets) {
     Config config;
@@ -351,6 +382,11 @@ TEST(RunConfig, KeysWithoutEffectAreNamed) {
             Lines());
   EXPECT_EQ(lines_of({"routing.override.0.layers=1", "routing.override.0.min_capacity=4"}),
             Lines{"routing.override.0.min_capacity = 4 has no effect without a capacity factor"});
+  // No layer is left to which [routing] speaks alone.
+  EXPECT_EQ(lines_of({"routing.capacity_factor=1", "routing.drop_policy=probs",
+                      "routing.override.0.layers=0-3", "routing.override.0.capacity_factor=0"}),
+            Lines{"routing.drop_policy = \"probs\" has no effect without a capacity factor that "
+                  "drops"});
 }
 
 TEST(RunConfig, OverridesChangeTheirLayersAlone) {

@@ -7,10 +7,15 @@
 # RATE as tc has it (default 1gbit). Needs root, iproute2 and util-linux. Everything lives in
 # namespaces of its own and is gone when the command ends.
 set -eu
-if [ $# -lt 3 ]; then
+usage() {
   sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
   exit 64
-fi
+}
+[ $# -ge 3 ] || usage
+for number in "$1" "$2"; do
+  case $number in *[!0-9]* | 0 | ????*) usage ;; esac
+done
+[ "$3" != --rate ] || [ $# -ge 5 ] || usage
 if [ "${ARCUS_NODES:-}" != inside ]; then
   ARCUS_NODES=inside exec unshare --net --mount sh "$0" "$@"
 fi
