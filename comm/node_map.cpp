@@ -54,7 +54,7 @@ NodeMap map_nodes(Communicator& comm, Communicator& node) {
   stream.wait(
       comm.all_gather_v(stream, {{firsts.data(), DType::i64, 1, comm.size()}, ones, indices}));
 
-  const NodeMap map = number_nodes(comm.rank(), firsts);
+  NodeMap map = number_nodes(comm.rank(), firsts);
   ARCUS_CHECK(static_cast<int>(map.mine().size()) == node.size(),
               "{} ranks name the same first neighbour, the node has {}", map.mine().size(),
               node.size());

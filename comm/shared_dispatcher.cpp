@@ -499,8 +499,10 @@ class SharedDispatcher final : public TokenDispatcher {
 
 std::int64_t shared_dispatcher_bytes(const DispatcherOptions& options, int num_ranks,
                                      int ranks_per_node) {
-  std::vector<std::int64_t> names;
-  for (int rank = 0; rank < num_ranks; ++rank) names.push_back(rank / ranks_per_node);
+  std::vector<std::int64_t> names(static_cast<std::size_t>(num_ranks));
+  for (int rank = 0; rank < num_ranks; ++rank) {
+    names[static_cast<std::size_t>(rank)] = rank / ranks_per_node;
+  }
   return SharedDispatcher::buffer_bytes(number_nodes(0, names), options);
 }
 
