@@ -109,6 +109,17 @@ MpiHandle::~MpiHandle() {
   MPI_Comm_free(&comm_);
 }
 
+namespace {
+
+/// The ranks of `comm` that share a machine with this one, in order.
+MpiHandle node_of(MPI_Comm comm) {
+  MPI_Comm node = MPI_COMM_NULL;
+  ARCUS_MPI(MPI_Comm_split_type(comm, MPI_COMM_TYPE_SHARED, rank_in(comm), MPI_INFO_NULL, &node));
+  return MpiHandle(node);
+}
+
+}  // namespace
+
 MpiExchange::MpiExchange(int size)
     : requests_(4 * static_cast<std::size_t>(size)),
       statuses_(requests_.size()),
@@ -172,11 +183,9 @@ MpiComm::MpiComm(MpiHandle comm, CommunicatorOptions options)
       recv_counts_(counts_.size()),
       recv_offsets_(counts_.size()),
       pieces_(size() > 1 ? 2 * kPieceBytes : 0) {
-  MPI_Comm node = MPI_COMM_NULL;
-  ARCUS_MPI(MPI_Comm_split_type(handle(), MPI_COMM_TYPE_SHARED, rank(), MPI_INFO_NULL, &node));
-  const MpiHandle owner(node);
-  node_local_rank_ = rank_in(node);
-  node_size_ = size_of_comm(node);
+  const MpiHandle node = node_of(handle());
+  node_local_rank_ = rank_in(node.get());
+  node_size_ = size_of_comm(node.get());
 }
 
 MpiComm::~MpiComm() {
@@ -372,9 +381,7 @@ std::unique_ptr<Communicator> MpiComm::do_split(int color, int key) {
 }
 
 std::unique_ptr<Communicator> MpiComm::do_split_by_node() {
-  MPI_Comm node = MPI_COMM_NULL;
-  ARCUS_MPI(MPI_Comm_split_type(handle(), MPI_COMM_TYPE_SHARED, rank(), MPI_INFO_NULL, &node));
-  return std::make_unique<MpiComm>(MpiHandle(node), options());
+  return std::make_unique<MpiComm>(node_of(handle()), options());
 }
 
 }  // namespace arcus

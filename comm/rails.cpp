@@ -8,10 +8,6 @@
 namespace arcus {
 namespace {
 
-/// Messages are counted in units of this many bytes.
-constexpr std::int64_t kUnit = 64;
-
-std::int64_t whole_units(std::int64_t bytes) { return (bytes + kUnit - 1) / kUnit * kUnit; }
 std::size_t index(std::int64_t i) { return static_cast<std::size_t>(i); }
 
 std::int64_t row_bytes_of(const DispatcherOptions& options) {
@@ -21,33 +17,12 @@ std::int64_t scalar_bytes_of(const DispatcherOptions& options) {
   return static_cast<std::int64_t>(size_of(accumulate_dtype(options.dtype)));
 }
 
-/// Most bytes of one message: a micro-batch's tokens with the list of their copies, or all its
-/// rows.
-std::int64_t most_token_bytes(const DispatcherOptions& options) {
-  return options.max_tokens * row_bytes_of(options) +
-         max_send_rows(options) * (4 + scalar_bytes_of(options)) + 3 * kUnit;
-}
-std::int64_t most_row_bytes(const DispatcherOptions& options) {
-  return max_send_rows(options) * (row_bytes_of(options) + scalar_bytes_of(options)) + 2 * kUnit;
-}
-
-std::int64_t most_sent(const NodeMap& nodes, const DispatcherOptions& options) {
-  const auto sources = std::ssize(nodes.relayed_by(nodes.rank));
-  return whole_units(std::max((nodes.num_nodes() - 1) * most_token_bytes(options),
-                              sources * most_row_bytes(options)));
-}
-/// A rank's rows come back spread over all nodes.
-std::int64_t most_received(const NodeMap& nodes, const DispatcherOptions& options) {
-  const auto sources = std::ssize(nodes.relayed_by(nodes.rank));
-  return whole_units(std::max(sources * most_token_bytes(options),
-                              most_row_bytes(options) + (nodes.num_nodes() - 1) * 2 * kUnit));
-}
-
 }  // namespace
 
 Rails::Rails(Communicator& ep, const NodeMap& nodes, const DispatcherOptions& options,
              std::int64_t message_width)
-    : nodes_(nodes),
+    : ep_(&ep),
+      nodes_(nodes),
       num_ranks_(ep.size()),
       hidden_size_(options.hidden_size),
       dtype_(options.dtype),
@@ -69,6 +44,28 @@ Rails::Rails(Communicator& ep, const NodeMap& nodes, const DispatcherOptions& op
       count_messages_(index(num_ranks_ * message_width + nodes.num_nodes())),
       place_of_token_(index(options.max_tokens)),
       filled_(sources_.size()) {}
+
+/// Most bytes of one message: a micro-batch's tokens with the list of their copies, or all its
+/// rows.
+std::int64_t Rails::most_token_bytes(const DispatcherOptions& options) {
+  return options.max_tokens * row_bytes_of(options) +
+         max_send_rows(options) * (4 + scalar_bytes_of(options)) + 3 * kUnit;
+}
+std::int64_t Rails::most_row_bytes(const DispatcherOptions& options) {
+  return max_send_rows(options) * (row_bytes_of(options) + scalar_bytes_of(options)) + 2 * kUnit;
+}
+
+std::int64_t Rails::most_sent(const NodeMap& nodes, const DispatcherOptions& options) {
+  const auto sources = std::ssize(nodes.relayed_by(nodes.rank));
+  return whole_units(std::max((nodes.num_nodes() - 1) * most_token_bytes(options),
+                              sources * most_row_bytes(options)));
+}
+/// A rank's rows come back spread over all nodes.
+std::int64_t Rails::most_received(const NodeMap& nodes, const DispatcherOptions& options) {
+  const auto sources = std::ssize(nodes.relayed_by(nodes.rank));
+  return whole_units(std::max(sources * most_token_bytes(options),
+                              most_row_bytes(options) + (nodes.num_nodes() - 1) * 2 * kUnit));
+}
 
 std::int64_t Rails::buffer_bytes(const NodeMap& nodes, const DispatcherOptions& options) {
   return most_sent(nodes, options) + most_received(nodes, options) + 2 * kUnit;
@@ -163,16 +160,18 @@ void Rails::exchange_counts(Stream& stream, std::span<const std::int64_t> sent,
     recv_counts_[index(sources_[i])] = words;
     recv_offsets_[index(sources_[i])] = static_cast<std::int64_t>(i) * words;
   }
-  stream.wait(comm_->all_to_all_v(stream, {count_messages_.data(), send_counts_, send_offsets_,
-                                           relayed, recv_counts_, recv_offsets_, 8}));
+  stream.wait(exchange(stream, count_messages_.data(), relayed, sizeof(std::int64_t)));
   for (std::size_t i = 0; i < sources_.size(); ++i) {
     plan.relayed_unique[i] = relayed[static_cast<std::int64_t>(i) * words];
   }
 }
 
-Event Rails::exchange(Stream& stream) {
-  return comm_->all_to_all_v(
-      stream, {send_, send_counts_, send_offsets_, recv_, recv_counts_, recv_offsets_, kUnit});
+Event Rails::exchange(Stream& stream, const void* send, void* recv, std::int64_t unit) {
+  const std::int64_t before = comm_->sent_bytes();
+  const Event event = comm_->all_to_all_v(
+      stream, {send, send_counts_, send_offsets_, recv, recv_counts_, recv_offsets_, unit});
+  ep_->count_sent(comm_->sent_bytes() - before);
+  return event;
 }
 
 Event Rails::send_tokens(Stream& stream, const DispatchPlan& plan, ConstTensorView tokens,
@@ -218,7 +217,7 @@ Event Rails::send_tokens(Stream& stream, const DispatchPlan& plan, ConstTensorVi
         rows == 0 ? 0 : message_bytes(plan.relayed_unique[i], rows, rows) / kUnit;
     at += recv_counts_[index(sources_[i])];
   }
-  return exchange(stream);
+  return exchange(stream, send_, recv_, kUnit);
 }
 
 void Rails::place_tokens(Stream& stream, const DispatchPlan& plan, std::size_t i, std::size_t place,

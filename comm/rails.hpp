@@ -51,17 +51,26 @@ class Rails {
         pack_return(plan, i, place, rows_at(place), scalars ? scalars_at(place) : nullptr);
       }
     }
-    return exchange(stream);
+    return exchange(stream, send_, recv_, kUnit);
   }
   /// When that is complete: where the results of `owner`, a rank of another node, are: rows in send
   /// order from `row(plan, owner)` on.
   const char* returned_rows(const DispatchPlan& plan, int owner) const;
   const char* returned_scalars(const DispatchPlan& plan, int owner) const;
 
-  /// Bytes that this rank has sent to other nodes since the start.
-  std::int64_t sent_bytes() const { return comm_->sent_bytes(); }
-
  private:
+  /// Messages of rows are counted in units of this many bytes.
+  static constexpr std::int64_t kUnit = 64;
+
+  static std::int64_t whole_units(std::int64_t bytes) {
+    return (bytes + kUnit - 1) / kUnit * kUnit;
+  }
+  /// Most bytes of one message: a micro-batch's tokens with the list of their copies, or all its
+  /// rows; and most of all that this rank sends, and receives, at a time.
+  static std::int64_t most_token_bytes(const DispatcherOptions& options);
+  static std::int64_t most_row_bytes(const DispatcherOptions& options);
+  static std::int64_t most_sent(const NodeMap& nodes, const DispatcherOptions& options);
+  static std::int64_t most_received(const NodeMap& nodes, const DispatcherOptions& options);
   /// Rows of this rank's tokens for a node, and of a relayed source for this node.
   std::int64_t rows_to(const DispatchPlan& plan, int node) const;
   std::int64_t rows_from(const DispatchPlan& plan, std::size_t i) const;
@@ -74,8 +83,10 @@ class Rails {
   void begin_return(const DispatchPlan& plan, bool scalars);
   void pack_return(const DispatchPlan& plan, std::size_t i, std::size_t place, const char* rows,
                    const char* scalars);
-  Event exchange(Stream& stream);
+  /// Takes messages of `unit` bytes each count, which `ep` counts as sent.
+  Event exchange(Stream& stream, const void* send, void* recv, std::int64_t unit);
 
+  Communicator* ep_;
   NodeMap nodes_;
   std::int64_t num_ranks_;
   std::int64_t hidden_size_;

@@ -126,9 +126,8 @@ class SharedDispatcher final : public TokenDispatcher {
     mine.row_scalars = scalars ? offset_of(row_scalars.data) : -1;
     raise(mine.ready, ++num_dispatches_);
     // What travels longest first.
-    const Event incoming = counting_sent([&] {
-      return rails_ ? rails_->send_tokens(stream, plan, tokens, slot_scalars, scalars) : Event();
-    });
+    const Event incoming =
+        rails_ ? rails_->send_tokens(stream, plan, tokens, slot_scalars, scalars) : Event();
     clear_padding(stream, plan, rows);
     // The own rows first: others may not be ready yet.
     for (std::size_t i = 0; i < ranks_.size(); ++i) {
@@ -184,10 +183,7 @@ class SharedDispatcher final : public TokenDispatcher {
     const std::int64_t words = std::ssize(sent);
     std::int64_t* mine = messages(place_, ++num_plans_);
     std::copy(sent.begin(), sent.end(), mine);
-    counting_sent([&] {
-      if (rails_) rails_->exchange_counts(stream, sent, mine + words, plan);
-      return Event();
-    });
+    if (rails_) rails_->exchange_counts(stream, sent, mine + words, plan);
     raise(board(place_).counts, num_plans_);
     stream.wait(counted_.until(num_plans_));
     for (int source = 0; source < comm().size(); ++source) {
@@ -404,14 +400,6 @@ class SharedDispatcher final : public TokenDispatcher {
                  .index = slots});
   }
 
-  /// fn(), what it sends to other nodes counted as sent.
-  template <class Fn>
-  Event counting_sent(Fn&& fn) {
-    const std::int64_t before = rails_ ? rails_->sent_bytes() : 0;
-    const Event event = fn();
-    if (rails_) comm().count_sent(rails_->sent_bytes() - before);
-    return event;
-  }
   void place_relayed(Stream& stream, const DispatchPlan& plan) {
     for (std::size_t i = 0; i < rails_->sources().size(); ++i) {
       const int source = rails_->sources()[i];
@@ -422,11 +410,9 @@ class SharedDispatcher final : public TokenDispatcher {
     }
   }
   Event return_by_rail(Stream& stream, const DispatchPlan& plan, bool scalars) {
-    return counting_sent([&] {
-      return rails_->return_rows(
-          stream, plan, [&](std::size_t peer) { return memory(peer) + board(peer).back; },
-          [&](std::size_t peer) { return memory(peer) + board(peer).back_scalars; }, scalars);
-    });
+    return rails_->return_rows(
+        stream, plan, [&](std::size_t peer) { return memory(peer) + board(peer).back; },
+        [&](std::size_t peer) { return memory(peer) + board(peer).back_scalars; }, scalars);
   }
 
   /// Where every owner's results for this rank begin.

@@ -27,9 +27,10 @@ namespace fs = std::filesystem;
 class MadeUpData {
  public:
   explicit MadeUpData(Session& session) : owner_(session.comm().node_local_rank() == 0) {
-    // Ranks of one node share the folder; its name comes from rank 0 so that all know it.
-    const std::string name =
-        broadcast_text(session.comm(), session.stream(), fmt::format("arcus-bench-{}", getpid()));
+    // Ranks of one node share the folder, whose first rank names it; nodes may share a disk.
+    const auto node = session.comm().split_by_node();
+    const std::string name = broadcast_text(
+        *node, session.stream(), fmt::format("arcus-bench-{}-{}", session.rank(), getpid()));
     dir_ = fs::temp_directory_path() / name;
     session.together([&] {
       if (owner_) write();

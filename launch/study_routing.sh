@@ -58,16 +58,14 @@ train_and_evaluate() {
   mv "$out/$name.tmp" "$out/$name.json"
 }
 
-# Of the held-out text's tokens per expert: largest / mean of the worst layer, with the domains in equal
-# parts, as the configurations train on them, and with each as long as it is; experts that got less
-# than a twentieth of their share, domains in equal parts.
+# Of the held-out text's tokens per expert: largest / mean of the worst layer; experts that got less
+# than a twentieth of their share.
 load_of() {
-  jq -r 'def load: add as $sum | if $sum == 0 then 0 else max * length / $sum end;
-    def shares: add as $sum | map(if $sum == 0 then 0 else . / $sum end);
-    [.eval[].tokens_per_expert] | transpose | map(select(.[0] | length > 0))
-    | map({equal: (map(shares) | transpose | map(add)), whole: (transpose | map(add))})
-    | map(. + {dead: (.equal | add as $sum | length as $n | map(select(. * $n * 20 < $sum)) | length)})
-    | "\(map(.equal | load) | max | . * 100 | round / 100) \(map(.whole | load) | max | . * 100 | round / 100) \(map(.dead) | add)"' "$1"
+  jq -r '[[.eval[].tokens_per_expert] | transpose[] | map(select(length > 0)) | select(length > 0)
+    | transpose | map(add) | add as $sum | length as $n
+    | {load: (if $sum == 0 then 0 else max * $n / $sum end),
+       dead: (map(select(. * $n * 20 < $sum)) | length)}]
+    | "\(map(.load) | max | . * 100 | round / 100) \(map(.dead) | add)"' "$1"
 }
 
 # Of the last fifth of the steps: dropped share of the assignments, entropy (nats), share of the tokens
@@ -88,18 +86,17 @@ write_report() {
     echo "# Routings on the same text"
     echo
     echo "$steps steps of 2048 tokens each, two ranks, \`launch/study_routing.sh --steps $steps\`. Held-out text"
-    echo "in bits per byte; load = tokens of the busiest expert / mean on held-out text, worst layer, with the"
-    echo "domains in equal parts as in training; whole = the same with each domain as long as it is; dead ="
+    echo "in bits per byte; load = tokens of the busiest expert / mean on held-out text, worst layer; dead ="
     echo "experts with less than a twentieth of their share; dropped, entropy, share of the tokens that go"
     echo "through the experts, and time of training."
     echo
-    echo "| routing | prose | code | chinese | load | whole | dead | dropped % | entropy | routed % | ms/step |"
-    echo "|---|---|---|---|---|---|---|---|---|---|---|"
+    echo "| routing | prose | code | chinese | load | dead | dropped % | entropy | routed % | ms/step |"
+    echo "|---|---|---|---|---|---|---|---|---|---|"
     for name in $names; do
       # shellcheck disable=SC2046
       set -- $(jq -r '[.eval[].bits_per_byte | . * 1000 | round / 1000 | tostring] | join(" ")' "$out/$name.json") \
         $(load_of "$out/$name.json") $(training_of "$out/$name/metrics.jsonl")
-      echo "| $name | $1 | $2 | $3 | $4 | $5 | $6 | $7 | $8 | $9 | ${10} |"
+      echo "| $name | $1 | $2 | $3 | $4 | $5 | $6 | $7 | $8 | $9 |"
     done
     echo
     echo "![loss](loss.png)"
