@@ -32,12 +32,13 @@ struct FfnWeights {
 
 struct FfnForward {
   TensorView y;        ///< [R, H] out
-  TensorView gate_up;  ///< [Rp, 2F] out, kept for backward
+  TensorView gate_up;  ///< [Rp, 2F] out, kept for backward; left alone with few_rows
   TensorView act;      ///< [Rp, F] out, kept for backward
   ConstTensorView x;   ///< [R, H]
   FfnWeights weights;
   FfnShape shape;
   std::span<const Segment> segments;
+  bool few_rows = false;  ///< as Linear::few_rows
 };
 ARCUS_DECLARE_OP(ffn_forward, FfnForward)
 

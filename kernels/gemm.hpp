@@ -10,10 +10,10 @@ namespace arcus {
 
 /// Matrix products whose bits depend on shapes alone. Every product is cut into row tiles (forward
 /// and dgrad: up to 256 rows and an exact tail; under AMX one fixed, zero-padded height) or, for a
-/// weight gradient, into row tiles of dW (wgrad_tile_rows) over K = all rows of the leaf,
-/// zero-padded to a multiple of 32. Each tile runs on one thread; threads share out tiles. f32,
-/// bf16 (f32 sums) and f64. Padded row strides of x, y, dx, dy are allowed and do not change bits,
-/// but dense rows (stride = columns) save a copy of the tile.
+/// weight gradient, into row tiles of dW (wgrad_tile_rows, linear_wgrad_tile_rows) over K = all
+/// rows of the leaf, zero-padded to a multiple of 32. Each tile runs on one thread; threads share
+/// out tiles. f32, bf16 (f32 sums) and f64. Padded row strides of x, y, dx, dy are allowed and do
+/// not change bits, but dense rows (stride = columns) save a copy of the tile.
 
 /// y = x W^T [+ bias] (+ y where `accumulate`).
 struct Linear {
@@ -22,6 +22,9 @@ struct Linear {
   ConstTensorView weight;  ///< [out, in], x's type, contiguous
   ConstTensorView bias;    ///< [1, out] accumulate type, or empty
   bool accumulate = false;
+  /// T is small (decoding): the time goes into reading the weight, which is read once, and a row's
+  /// bits differ from those of the usual products. Without `accumulate`.
+  bool few_rows = false;
 };
 ARCUS_DECLARE_OP(linear_forward, Linear)
 
@@ -57,6 +60,14 @@ inline std::int64_t wgrad_tile_rows(std::int64_t in) {
   return rows;
 }
 
+/// The same of a linear layer, whose few tiles are all the work there is: at least four of them
+/// where that leaves 64 rows, so that threads find work.
+inline std::int64_t linear_wgrad_tile_rows(std::int64_t out, std::int64_t in) {
+  std::int64_t rows = wgrad_tile_rows(in);
+  while (rows > 64 && out < 4 * rows) rows /= 2;
+  return rows;
+}
+
 /// Leaf of a bias: dy's columns summed over tokens, f64 over blocks of 64 rows, blocks in order,
 /// rounded once.
 struct BiasGrad {
@@ -67,7 +78,7 @@ struct BiasGrad {
 ARCUS_DECLARE_OP(bias_grad, BiasGrad)
 
 /// One matrix product that may occur in a step, for building primitives before the first one.
-enum class GemmKind { forward, dgrad, wgrad };
+enum class GemmKind { forward, dgrad, wgrad, expert_wgrad };
 struct GemmShape {
   GemmKind kind = GemmKind::forward;
   DType dtype = DType::f32;         ///< of the operands

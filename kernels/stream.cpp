@@ -29,8 +29,8 @@ void Stream::wait(const Event& event) {
   const Span span(*this, "wait");
   const auto begin = std::chrono::steady_clock::now();
   event.wait();
-  // What is complete is dropped now: it may not outlive the exchange that it belongs to, and an idle
-  // rank has no op left that would look at it.
+  // What is complete is dropped now: it may not outlive the exchange that it belongs to, and an
+  // idle rank has no op left that would look at it.
   poll();
   waited_seconds_ +=
       std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();

@@ -161,34 +161,6 @@ class Accountant {
   std::array<double, StepAccount::kNumRows> seconds_{};
 };
 
-/// The bytes of every rank's text, in rank order, on all ranks.
-std::vector<std::string> gather_texts(Session& session, const std::string& text) {
-  const auto ranks = static_cast<std::size_t>(session.comm().size());
-  const auto own = static_cast<std::size_t>(session.rank());
-  std::vector<std::int64_t> ones(ranks, 1);
-  std::vector<std::int64_t> offsets(ranks);
-  for (std::size_t r = 0; r < ranks; ++r) offsets[r] = static_cast<std::int64_t>(r);
-  std::vector<std::int64_t> sizes(ranks);
-  sizes[own] = std::ssize(text);
-  session.stream().wait(session.comm().all_gather_v(
-      session.stream(), {{sizes.data(), DType::i64, 1, std::ssize(sizes)}, ones, offsets}));
-  std::int64_t total = 0;
-  for (std::size_t r = 0; r < ranks; ++r) {
-    offsets[r] = total;
-    total += sizes[r];
-  }
-  std::string all(static_cast<std::size_t>(total), '\0');
-  std::copy(text.begin(), text.end(), all.begin() + offsets[own]);
-  session.stream().wait(session.comm().all_gather_v(
-      session.stream(), {{all.data(), DType::u8, 1, total}, sizes, offsets}));
-  std::vector<std::string> texts;
-  for (std::size_t r = 0; r < ranks; ++r) {
-    texts.push_back(
-        all.substr(static_cast<std::size_t>(offsets[r]), static_cast<std::size_t>(sizes[r])));
-  }
-  return texts;
-}
-
 }  // namespace
 
 const std::array<const char*, StepAccount::kNumRows>& StepAccount::names() {
@@ -231,45 +203,51 @@ StepAccount account_of(const Profile& profile, double seconds, std::int64_t step
   return account;
 }
 
-void print_account(Session& session, const StepAccount& account) {
+std::vector<StepAccount> gather_accounts(Session& session, const StepAccount& account) {
   std::string mine;
   for (const double part : account.ms) mine += fmt::format("{} ", part);
   mine += fmt::format("{}", account.step_ms);
-  std::vector<std::array<double, StepAccount::kNumRows + 1>> ranks;
-  for (const std::string& text : gather_texts(session, mine)) {
-    auto& values = ranks.emplace_back();
+  std::vector<StepAccount> accounts;
+  for (const std::string& text : gather_texts(session.comm(), session.stream(), mine)) {
+    StepAccount& of_rank = accounts.emplace_back();
     const char* at = text.c_str();
     char* end = nullptr;
-    for (double& value : values) {
-      value = std::strtod(at, &end);
+    for (double& part : of_rank.ms) {
+      part = std::strtod(at, &end);
       at = end;
     }
+    of_rank.step_ms = std::strtod(at, &end);
   }
-  if (!session.is_root()) return;
+  return accounts;
+}
+
+StepAccount mean_account(const std::vector<StepAccount>& ranks) {
   const double count = static_cast<double>(ranks.size());
-  const auto line = [&](const char* name, auto value_of) {
-    double mean = 0;
-    double step = 0;
-    fmt::print("{:<44}", name);
-    for (const auto& rank : ranks) {
-      fmt::print(" {:>9.2f}", value_of(rank));
-      mean += value_of(rank) / count;
-      step += rank.back() / count;
+  StepAccount mean;
+  for (const StepAccount& rank : ranks) {
+    for (std::size_t row = 0; row < StepAccount::kNumRows; ++row) {
+      mean.ms[row] += rank.ms[row] / count;
     }
-    fmt::print(" {:>9.2f} {:>7.1f} %\n", mean, 100 * mean / step);
+    mean.step_ms += rank.step_ms / count;
+  }
+  return mean;
+}
+
+void print_accounts(const std::vector<StepAccount>& ranks) {
+  const StepAccount mean = mean_account(ranks);
+  const auto line = [&](const char* name, auto value_of) {
+    fmt::print("{:<44}", name);
+    for (const StepAccount& rank : ranks) fmt::print(" {:>9.2f}", value_of(rank));
+    fmt::print(" {:>9.2f} {:>7.1f} %\n", value_of(mean), 100 * value_of(mean) / mean.step_ms);
   };
   fmt::print("\n{:<44}", "ms a step, measured (waits apart)");
   for (std::size_t r = 0; r < ranks.size(); ++r) fmt::print(" {:>9}", fmt::format("rank {}", r));
   fmt::print(" {:>9} {:>9}\n", "mean", "of step");
   for (std::size_t row = 0; row < StepAccount::kNumRows; ++row) {
-    line(StepAccount::names()[row], [=](const auto& rank) { return rank[row]; });
+    line(StepAccount::names()[row], [=](const StepAccount& rank) { return rank.ms[row]; });
   }
-  line("sum of the rows", [](const auto& rank) {
-    double sum = 0;
-    for (std::size_t row = 0; row < StepAccount::kNumRows; ++row) sum += rank[row];
-    return sum;
-  });
-  line("step", [](const auto& rank) { return rank.back(); });
+  line("sum of the rows", [](const StepAccount& rank) { return rank.sum(); });
+  line("step", [](const StepAccount& rank) { return rank.step_ms; });
 }
 
 void write_trace(Session& session, const Profile& profile, const std::string& file) {
@@ -282,7 +260,7 @@ void write_trace(Session& session, const Profile& profile, const std::string& fi
         R"({{"name":"{}","ph":"X","pid":0,"tid":{},"ts":{:.3f},"dur":{:.3f}}})",
         event.name, session.rank(), event.begin * 1e6, (event.end - event.begin) * 1e6);
   }
-  const std::vector<std::string> texts = gather_texts(session, mine);
+  const std::vector<std::string> texts = gather_texts(session.comm(), session.stream(), mine);
   session.together([&] {
     if (!session.is_root()) return;
     std::ofstream out(file, std::ios::trunc);

@@ -23,8 +23,11 @@ struct StepAccount {
 StepAccount account_of(const Profile& profile, double seconds, std::int64_t steps,
                        double peak_gflops, int num_threads);
 
-/// Prints one column a rank, their mean and its share of the step, on rank 0. Collective.
-void print_account(Session& session, const StepAccount& account);
+/// Every rank's account, in rank order, on all ranks. Collective.
+std::vector<StepAccount> gather_accounts(Session& session, const StepAccount& account);
+StepAccount mean_account(const std::vector<StepAccount>& ranks);
+/// Prints one column a rank, their mean and its share of the step.
+void print_accounts(const std::vector<StepAccount>& ranks);
 /// Writes the spans of all ranks as a trace (JSON of the trace event format, one track a rank) that
 /// Perfetto and chrome://tracing open. Collective.
 void write_trace(Session& session, const Profile& profile, const std::string& file);

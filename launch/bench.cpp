@@ -6,9 +6,6 @@
 #include "src/base/error.hpp"
 
 namespace arcus {
-namespace {
-
-/// Every rank's number, in rank order.
 std::vector<double> gather(Session& session, double value) {
   const auto ranks = static_cast<std::size_t>(session.comm().size());
   std::vector<double> values(ranks);
@@ -20,8 +17,6 @@ std::vector<double> gather(Session& session, double value) {
   session.stream().wait(session.comm().all_gather_v(session.stream(), {buffer, counts, offsets}));
   return values;
 }
-
-}  // namespace
 
 double Samples::median() const {
   ARCUS_CHECK(!ms.empty(), "no samples");

@@ -17,6 +17,8 @@ struct BenchOptions {
   std::int64_t repeats = 20;
   bool account = false;  ///< bench step: where the time of a step goes
   std::string trace;     ///< bench step: file that takes the spans of one step; empty = none
+  std::string json;      ///< bench step: file that takes every figure; empty = none
+  double repeated = 0;   ///< bench step: share of the made-up tokens that are one and the same
 };
 
 /// Times of several runs of one thing, in milliseconds.
@@ -35,6 +37,8 @@ Samples measure(Session& session, Stream& stream, std::int64_t repeats,
 std::vector<Samples> measure_in_turn(Session& session, Stream& stream, std::int64_t repeats,
                                      const std::vector<std::function<void()>>& things,
                                      std::int64_t warmup = 2);
+/// Every rank's number, in rank order. Collective.
+std::vector<double> gather(Session& session, double value);
 /// The sum over all ranks, in rank order. Collective.
 double sum_over_ranks(Session& session, double value);
 

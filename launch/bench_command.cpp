@@ -100,6 +100,13 @@ void add_bench_command(CLI::App& app, Action& action) {
   step->add_option("--trace", args->options.trace,
                    "file for the spans of one step, for Perfetto or chrome://tracing")
       ->type_name("FILE.json");
+  step->add_option("--json", args->options.json, "file for every figure of the tables")
+      ->type_name("FILE.json");
+  step->add_option("--repeated", args->options.repeated,
+                   "share of made-up tokens that are one and the same: with "
+                   "routing.select=hash one expert gets them all")
+      ->check(CLI::Range(0.0, 1.0))
+      ->type_name("SHARE");
 }
 
 }  // namespace arcus

@@ -10,6 +10,7 @@
 
 #include "launch/checks.hpp"
 #include "launch/commands.hpp"
+#include "launch/memory_check.hpp"
 #include "launch/run_setup.hpp"
 #include "launch/session.hpp"
 #include "launch/signals.hpp"
@@ -60,8 +61,13 @@ int print_plan(const Arguments& arguments) {
                           : std::max(1, available_cores() / arguments.ranks);
   const TrainerOptions options = trainer_options(config, resolve_model(config, data));
   const int per_node = arguments.ranks_per_node > 0 ? arguments.ranks_per_node : arguments.ranks;
-  fmt::print("{}", to_text(make_plan(options, arguments.ranks, per_node, config.parallel.ep_size,
-                                     threads)));
+  const TrainPlan plan =
+      make_plan(options, arguments.ranks, per_node, config.parallel.ep_size, threads);
+  fmt::print("{}", to_text(plan));
+  if (const std::int64_t available = memory_per_rank(per_node); available > 0) {
+    const MemoryFit fit = memory_fit(options, plan, per_node, available);
+    if (!fit.fits_worst) spdlog::warn("on a machine like this one {}", fit.text);
+  }
   for (const std::string& line : keys_without_effect(config)) spdlog::warn("{}", line);
   return static_cast<int>(ExitCode::ok);
 }

@@ -9,6 +9,7 @@
 #include <random>
 
 #include "kernels/gradient.hpp"
+#include "launch/memory_check.hpp"
 #include "launch/run_setup.hpp"
 #include "launch/signals.hpp"
 #include "launch/threads.hpp"
@@ -130,15 +131,18 @@ void TrainRun::start_afresh() {
 }
 
 void TrainRun::print_plan() {
+  const TrainerOptions options = trainer_options(config_, resolve_model(config_, &dataset_));
+  TrainPlan plan;
   session_.together([&] {
     if (!session_.is_root()) return;
     const std::string changed = changed_from_defaults(config_);
     if (!changed.empty()) log_lines("configuration, other than the defaults:\n" + changed);
-    const TrainerOptions options = trainer_options(config_, resolve_model(config_, &dataset_));
     for (const std::string& line : keys_without_effect(config_)) spdlog::warn("{}", line);
-    log_lines(to_text(make_plan(options, session_.comm().size(), session_.comm().node_size(),
-                                config_.parallel.ep_size, stream_->num_threads())));
+    plan = make_plan(options, session_.comm().size(), session_.comm().node_size(),
+                     config_.parallel.ep_size, stream_->num_threads());
+    log_lines(to_text(plan));
   });
+  check_memory(session_, options, plan);
 }
 
 void TrainRun::build() {

@@ -24,7 +24,7 @@ while [ $# -gt 0 ]; do
   shift
 done
 
-launch/install-packages.sh build test
+launch/install-packages.sh build test study
 cmake --preset "$preset"
 cmake --build --preset "$preset"
 # Ranks share few cores here: one that waits must leave its core to the others.

@@ -4,9 +4,11 @@
 #include <array>
 #include <cstring>
 
+#include "kernels/cpu/few_rows.hpp"
 #include "kernels/cpu/gemm_tiles.hpp"
 #include "kernels/cpu/math.hpp"
 #include "kernels/cpu/parallel.hpp"
+#include "kernels/cpu/rows.hpp"
 
 namespace arcus {
 
@@ -42,10 +44,10 @@ std::vector<GemmShape> ffn_gemm_shapes(const FfnShape& shape, DType compute, std
   GemmShape dx = gate_up;
   dx.kind = GemmKind::dgrad;
   GemmShape dgate = gate_up;  // dup is its twin
-  dgate.kind = GemmKind::wgrad;
+  dgate.kind = GemmKind::expert_wgrad;
   dgate.out = width;
   GemmShape ddown = down;
-  ddown.kind = GemmKind::wgrad;
+  ddown.kind = GemmKind::expert_wgrad;
   for (const GemmShape& each : {dact, dx, dgate, ddown}) shapes.push_back(each);
   return shapes;
 }
@@ -239,10 +241,81 @@ void backward_tile(Stream& stream, int thread, const FfnBackward& args, const Ro
   zero_padding(args.dgate_up, segment);
 }
 
+/// fn(segment, first column, columns) for every block of `width` columns of every segment.
+template <class Fn>
+void for_each_block(Stream& stream, std::span<const Segment> segments, std::int64_t width,
+                    Fn&& fn) {
+  const std::int64_t blocks = (width + kFewRowsCols - 1) / kFewRowsCols;
+  parallel_tasks(stream, std::ssize(segments) * blocks, [&](std::int64_t task, int) {
+    const std::int64_t begin = task % blocks * kFewRowsCols;
+    fn(segments[static_cast<std::size_t>(task / blocks)], begin,
+       std::min(kFewRowsCols, width - begin));
+  });
+}
+
+/// act, columns [begin, begin + cols), of all rows of a segment.
+template <class T>
+void few_rows_act(const FfnForward& args, const Segment& segment, std::int64_t begin,
+                  std::int64_t cols) {
+  using A = Acc<T>;
+  const std::int64_t hidden = args.shape.hidden_size;
+  const T* gate_up = expert_weight<T>(args.weights.gate_up, args.weights, segment);
+  FewRowsSums<A> gate;
+  FewRowsSums<A> up;
+  for (std::int64_t row = 0; row < segment.rows; row += kFewRowsGroup) {
+    const std::int64_t rows = std::min(kFewRowsGroup, segment.rows - row);
+    const T* x = args.x.row<T>(segment.row_begin + row);
+    few_rows_product<T>(gate.data(), kFewRowsCols, x, args.x.stride, rows, gate_up + begin * hidden,
+                        hidden, cols, hidden);
+    few_rows_product<T>(up.data(), kFewRowsCols, x, args.x.stride, rows,
+                        gate_up + (args.shape.ff_size + begin) * hidden, hidden, cols, hidden);
+    for (std::int64_t r = 0; r < rows; ++r) {
+      T* act = args.act.row<T>(segment.padded_begin + row + r) + begin;
+      const A* g = gate.data() + r * kFewRowsCols;
+      const A* u = up.data() + r * kFewRowsCols;
+      for (std::int64_t c = 0; c < cols; ++c) store(act[c], g[c] * sigmoid(g[c]) * u[c]);
+    }
+  }
+}
+
+/// y, columns [begin, begin + cols), of all rows of a segment.
+template <class T>
+void few_rows_down(const FfnForward& args, const Segment& segment, std::int64_t begin,
+                   std::int64_t cols) {
+  const std::int64_t width = args.shape.ff_size;
+  const T* down = expert_weight<T>(args.weights.down, args.weights, segment) + begin * width;
+  FewRowsSums<Acc<T>> sums;
+  for (std::int64_t row = 0; row < segment.rows; row += kFewRowsGroup) {
+    const std::int64_t rows = std::min(kFewRowsGroup, segment.rows - row);
+    few_rows_product<T>(sums.data(), kFewRowsCols, args.act.row<T>(segment.padded_begin + row),
+                        args.act.stride, rows, down, width, cols, width);
+    for (std::int64_t r = 0; r < rows; ++r) {
+      T* y = args.y.row<T>(segment.row_begin + row + r) + begin;
+      for (std::int64_t c = 0; c < cols; ++c)
+        store(y[c], sums[static_cast<std::size_t>(r * kFewRowsCols + c)]);
+    }
+  }
+}
+
+template <class T>
+void forward_few_rows(Stream& stream, const FfnForward& args) {
+  for_each_block(stream, args.segments, args.shape.ff_size,
+                 [&](const Segment& segment, std::int64_t begin, std::int64_t cols) {
+                   few_rows_act<T>(args, segment, begin, cols);
+                 });
+  for_each_block(stream, args.segments, args.shape.hidden_size,
+                 [&](const Segment& segment, std::int64_t begin, std::int64_t cols) {
+                   few_rows_down<T>(args, segment, begin, cols);
+                 });
+}
+
 }  // namespace
 
 void ffn_forward(Stream& stream, const FfnForward& args) {
   check_strides(args.weights, args.shape);
+  if (args.few_rows) {
+    return dispatch_compute(args.x.dtype, [&]<class T>() { forward_few_rows<T>(stream, args); });
+  }
   dispatch_compute(args.x.dtype, [&]<class T>() {
     const auto tiles =
         make_row_tiles(stream, args.segments, ffn_tile_height(args.x.dtype, args.shape));

@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstring>
 #include <limits>
 
 #include "kernels/cpu/chosen.hpp"
+#include "kernels/cpu/few_rows.hpp"
 #include "kernels/cpu/math.hpp"
 #include "kernels/cpu/parallel.hpp"
 #include "kernels/cpu/rows.hpp"
@@ -18,79 +18,25 @@ constexpr std::int64_t kRowGrain = 16;
 
 // ---- logits ----------------------------------------------------------------------------------
 
-/// One 64-byte register of A; narrower processors split it, with the same bits.
-template <class A>
-struct Wide {
-  static constexpr int kCount = 64 / sizeof(A);
-  typedef A Type __attribute__((vector_size(64)));  // NOLINT(modernize-use-using)
-};
-
-template <class A>
-typename Wide<A>::Type load(const A* from, std::int64_t count) {
-  typename Wide<A>::Type value{};
-  std::memcpy(&value, from, static_cast<std::size_t>(count) * sizeof(A));
-  return value;
-}
-
-constexpr int kTile = 4;  ///< tokens by experts whose sums stand in registers
-
-/// out[i][j] = <x[i], w[j]>, n long. Each product has its own sums, so its bits do not depend on
-/// its place in the tile. (A library product of so few columns is neither faster nor known to be
-/// row-invariant.)
-template <class A>
-void dot_tile(const std::array<const A*, kTile>& x, const std::array<const A*, kTile>& w,
-              std::int64_t n, A (&out)[kTile][kTile]) {
-  using V = typename Wide<A>::Type;
-  constexpr int kCount = Wide<A>::kCount;
-  V sum[kTile][kTile] = {};
-  const auto step = [&](std::int64_t at, std::int64_t count) {
-    V wv[kTile];
-    for (int j = 0; j < kTile; ++j) wv[j] = load(w[j] + at, count);
-    for (int i = 0; i < kTile; ++i) {
-      const V xv = load(x[i] + at, count);
-      for (int j = 0; j < kTile; ++j) sum[i][j] += xv * wv[j];
-    }
-  };
-  std::int64_t at = 0;
-  for (; at + kCount <= n; at += kCount) step(at, kCount);
-  if (at < n) step(at, n - at);
-  for (int i = 0; i < kTile; ++i) {
-    for (int j = 0; j < kTile; ++j) {
-      A lane[kCount];
-      std::memcpy(lane, &sum[i][j], sizeof(lane));
-      for (int width = kCount / 2; width > 0; width /= 2) {
-        for (int l = 0; l < width; ++l) lane[l] += lane[l + width];
-      }
-      out[i][j] = lane[0];
-    }
-  }
-}
-
-/// Rows `first`.. of a matrix, the last one repeated where fewer than a tile are left.
-template <class A>
-std::array<const A*, kTile> tile_rows(const ConstTensorView& matrix, std::int64_t first) {
-  std::array<const A*, kTile> rows;
-  for (int i = 0; i < kTile; ++i) rows[i] = matrix.row<A>(std::min(first + i, matrix.rows - 1));
-  return rows;
-}
-
-/// Logits of tokens begin..end; false when one is not finite.
+/// Logits of tokens begin..end; false when one is not finite. (A library product of so few columns
+/// is neither faster nor known to be row-invariant.)
 template <class A>
 bool logits_of_rows(const GateLogits& args, const ConstTensorView& x, std::int64_t begin,
                     std::int64_t end) {
+  const std::int64_t num_experts = args.weight.rows;
   const A* bias = args.bias.empty() ? nullptr : args.bias.as<A>();
+  // Groups of tokens stay in the first-level cache while the experts go by.
+  for (std::int64_t t = begin; t < end; t += kFewRowsGroup) {
+    few_rows_product<A>(args.z.row<A>(t), args.z.stride, x.row<A>(t), x.stride,
+                        std::min(kFewRowsGroup, end - t), args.weight.as<A>(), args.weight.stride,
+                        num_experts, x.cols);
+  }
   bool finite = true;
-  for (std::int64_t t = begin; t < end; t += kTile) {
-    for (std::int64_t e = 0; e < args.weight.rows; e += kTile) {
-      A out[kTile][kTile];
-      dot_tile(tile_rows<A>(x, t), tile_rows<A>(args.weight, e), x.cols, out);
-      for (std::int64_t i = 0; i < std::min<std::int64_t>(kTile, end - t); ++i) {
-        A* z = args.z.row<A>(t + i) + e;
-        for (std::int64_t j = 0; j < std::min<std::int64_t>(kTile, args.weight.rows - e); ++j) {
-          z[j] = bias == nullptr ? out[i][j] : out[i][j] + bias[e + j];
-          finite = finite && std::isfinite(z[j]);
-        }
-      }
+  for (std::int64_t t = begin; t < end; ++t) {
+    A* z = args.z.row<A>(t);
+    for (std::int64_t e = 0; e < num_experts; ++e) {
+      if (bias != nullptr) z[e] += bias[e];
+      finite = finite && std::isfinite(z[e]);
     }
   }
   return finite;

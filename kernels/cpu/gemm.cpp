@@ -5,9 +5,11 @@
 #include <chrono>
 
 #include "kernels/cpu/context.hpp"
+#include "kernels/cpu/few_rows.hpp"
 #include "kernels/cpu/gemm_tiles.hpp"
 #include "kernels/cpu/leaf.hpp"
 #include "kernels/cpu/parallel.hpp"
+#include "kernels/cpu/rows.hpp"
 #include "kernels/cpu/transpose.hpp"
 
 namespace arcus {
@@ -106,12 +108,53 @@ GemmKey dgrad_key(DType compute, DType result, std::int64_t out, std::int64_t in
           .ldc = dx_stride};
 }
 
+namespace {
+
+template <class T, class Y>
+void linear_few_rows_block(const Linear& args, std::int64_t begin, std::int64_t cols) {
+  using A = Acc<T>;
+  const std::int64_t in = args.weight.cols;
+  FewRowsSums<A> sums;
+  for (std::int64_t row = 0; row < args.x.rows; row += kFewRowsGroup) {
+    const std::int64_t rows = std::min(kFewRowsGroup, args.x.rows - row);
+    few_rows_product<T>(sums.data(), kFewRowsCols, args.x.row<T>(row), args.x.stride, rows,
+                        args.weight.row<T>(begin), in, cols, in);
+    for (std::int64_t r = 0; r < rows; ++r) {
+      Y* y = args.y.row<Y>(row + r) + begin;
+      for (std::int64_t c = 0; c < cols; ++c) {
+        const A bias = args.bias.empty() ? A(0) : args.bias.as<A>()[begin + c];
+        store(y[c], sums[static_cast<std::size_t>(r * kFewRowsCols + c)] + bias);
+      }
+    }
+  }
+}
+
+void linear_few_rows(Stream& stream, const Linear& args) {
+  ARCUS_CHECK(!args.accumulate, "linear: few rows are not added to what is there");
+  const std::int64_t out = args.weight.rows;
+  if (args.y.empty()) return;
+  dispatch_compute(args.x.dtype, [&]<class T>() {
+    parallel_tasks(stream, (out + kFewRowsCols - 1) / kFewRowsCols, [&](std::int64_t task, int) {
+      const std::int64_t begin = task * kFewRowsCols;
+      const std::int64_t cols = std::min(kFewRowsCols, out - begin);
+      if (args.y.dtype == dtype_of<T>()) {
+        linear_few_rows_block<T, T>(args, begin, cols);
+      } else {
+        linear_few_rows_block<T, Acc<T>>(args, begin, cols);
+      }
+    });
+  });
+}
+
+}  // namespace
+
 void linear_forward(Stream& stream, const Linear& args) {
   const std::int64_t out = args.weight.rows;
   const std::int64_t in = args.weight.cols;
   ARCUS_CHECK(args.x.cols == in && args.y.cols == out && args.x.rows == args.y.rows,
               "linear: y [{}, {}], x [{}, {}], weight [{}, {}]", args.y.rows, args.y.cols,
               args.x.rows, args.x.cols, out, in);
+  if (args.few_rows) return linear_few_rows(stream, args);
   const GemmKey key = forward_key(args.x.dtype, args.y.dtype, out, in, args.x.stride, args.y.stride,
                                   !args.bias.empty(), args.accumulate);
   run_row_tiles(stream, key, args.x, args.weight.data, args.y, args.bias.data);
@@ -164,7 +207,7 @@ void linear_wgrad(Stream& stream, const LinearWgrad& args) {
               "wgrad: dy [{}, {}] {}, x [{}, {}] {}", args.dy.rows, out, name_of(args.dy.dtype),
               args.x.rows, in, name_of(args.x.dtype));
   if (args.x.rows == 0) return;
-  const std::int64_t height = wgrad_tile_rows(in);
+  const std::int64_t height = linear_wgrad_tile_rows(out, in);
   parallel_tasks(stream, (out + height - 1) / height, [&](std::int64_t tile, int thread) {
     const std::int64_t begin = tile * height;
     run_wgrad_tile(stream.cpu(), thread,
@@ -247,7 +290,9 @@ void build_row_tiles(Context& context, const GemmKey& key, std::int64_t min_rows
 }
 
 void build_wgrad(Context& context, const GemmShape& shape) {
-  const std::int64_t height = wgrad_tile_rows(shape.in);
+  const std::int64_t height = shape.kind == GemmKind::expert_wgrad
+                                  ? wgrad_tile_rows(shape.in)
+                                  : linear_wgrad_tile_rows(shape.out, shape.in);
   for (std::int64_t k = padded_rows(std::max<std::int64_t>(shape.min_rows, 1));
        k <= padded_rows(shape.max_rows); k += kWgradRowPadding) {
     for (const std::int64_t rows : {std::min(height, shape.out), shape.out % height}) {
@@ -276,6 +321,7 @@ void build_shape(Context& context, const GemmShape& shape) {
                                        shape.y_stride, shape.x_stride, shape.accumulate),
                              shape.min_rows, shape.max_rows);
     case GemmKind::wgrad:
+    case GemmKind::expert_wgrad:
       return build_wgrad(context, shape);
   }
 }

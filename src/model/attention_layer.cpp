@@ -90,7 +90,8 @@ void AttentionLayer::project(PassContext& ctx, const ParamStore& params, ConstTe
                  {.y = saved.qkv,
                   .x = h,
                   .weight = params.values(q_, 0, qkv_size()),
-                  .bias = q_bias_.valid() ? params.values(q_bias_, 0, qkv_size()) : TensorView()});
+                  .bias = q_bias_.valid() ? params.values(q_bias_, 0, qkv_size()) : TensorView(),
+                  .few_rows = ctx.decoding});
 }
 
 void AttentionLayer::normalize(PassContext& ctx, const ParamStore& params, TensorView q,
@@ -224,7 +225,8 @@ void AttentionLayer::decode(PassContext& ctx, const ParamStore& params, TensorVi
                                 .length = cache.length,
                                 .max_len = cache.max_len,
                                 .shape = sizes});
-  linear_forward(ctx.stream, {.y = out, .x = saved.out, .weight = params.values(o_)});
+  linear_forward(ctx.stream,
+                 {.y = out, .x = saved.out, .weight = params.values(o_), .few_rows = ctx.decoding});
   add(ctx.stream, {.y = out, .a = out, .b = x});
 }
 

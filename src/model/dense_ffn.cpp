@@ -40,7 +40,8 @@ void DenseFfn::forward(PassContext& ctx, const ParamStore& params, TensorView y,
                            .x = x,
                            .weights = weights(params),
                            .shape = shape_,
-                           .segments = {&segment, 1}});
+                           .segments = {&segment, 1},
+                           .few_rows = ctx.decoding});
 }
 
 void DenseFfn::backward(PassContext& ctx, const ParamStore& params, TensorView dx,

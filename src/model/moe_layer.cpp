@@ -116,7 +116,8 @@ void MoeLayer::forward(PassContext& ctx, const ParamStore& params, TokenDispatch
                              .x = saved.x,
                              .weights = expert_weights(params),
                              .shape = shape_,
-                             .segments = segments});
+                             .segments = segments,
+                             .few_rows = ctx.decoding});
   };
   // Own rows are worked on while those of others travel: some of them on the way here, some on the
   // way back.

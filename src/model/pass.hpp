@@ -95,6 +95,7 @@ struct PassContext {
   const MicroBatch& batch;
   MicroBatchStats& stats;
   bool training = true;
+  bool decoding = false;            ///< one position of each sequence: products of few rows
   std::uint64_t seed = 0;           ///< of noise
   BalanceState* balance = nullptr;  ///< null: no layer keeps any
   std::int64_t step = 0;
@@ -105,8 +106,8 @@ struct PassContext {
 
   /// The same for another micro-batch.
   PassContext with(const MicroBatch& other) const {
-    return {stream, saved,   scratch, rows,  other,    stats,    training,
-            seed,   balance, step,    layer, observer, heartbeat};
+    return {stream,   saved, scratch, rows, other, stats,    training,
+            decoding, seed,  balance, step, layer, observer, heartbeat};
   }
   void beat(const char* what) const {
     if (heartbeat != nullptr && *heartbeat) (*heartbeat)(layer, what);

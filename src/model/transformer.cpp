@@ -207,6 +207,7 @@ void Transformer::evaluate(PassContext& ctx, const ParamStore& params, TokenDisp
 void Transformer::decode(PassContext& ctx, const ParamStore& params, TokenDispatcher& dispatcher,
                          std::vector<KvCache>& caches, TensorView logits) const {
   const RoundScope scope(ctx);
+  ctx.decoding = true;
   TensorView x = embed(ctx, params);
   TensorView next = allocate_padded(ctx.saved, x.dtype, x.rows, x.cols);
   for (std::size_t l = 0; l < blocks_.size(); ++l) {
@@ -217,7 +218,8 @@ void Transformer::decode(PassContext& ctx, const ParamStore& params, TokenDispat
   }
   TensorView inv_rms;
   const TensorView h = final_norm(ctx, params, x, inv_rms);
-  linear_forward(ctx.stream, {.y = logits, .x = h, .weight = params.values(head_weight())});
+  linear_forward(ctx.stream,
+                 {.y = logits, .x = h, .weight = params.values(head_weight()), .few_rows = true});
 }
 
 std::vector<KvCache> Transformer::make_caches(Arena& arena, std::int64_t num_seqs,

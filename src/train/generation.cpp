@@ -10,17 +10,22 @@ namespace arcus {
 
 std::int32_t sample_token(std::span<const float> logits, const SamplingOptions& options,
                           double uniform) {
-  std::vector<std::int32_t> order(logits.size());
-  std::iota(order.begin(), order.end(), 0);
+  const auto vocab = static_cast<std::int64_t>(logits.size());
+  if (options.temperature <= 0) {
+    return static_cast<std::int32_t>(std::max_element(logits.begin(), logits.end()) -
+                                     logits.begin());
+  }
   const auto logit = [&](std::int32_t id) {
     return static_cast<double>(logits[static_cast<std::size_t>(id)]);
   };
-  std::stable_sort(order.begin(), order.end(),
-                   [&](std::int32_t a, std::int32_t b) { return logit(a) > logit(b); });
-  if (options.temperature <= 0) return order[0];
-  if (options.top_k > 0 && options.top_k < static_cast<std::int64_t>(order.size())) {
-    order.resize(static_cast<std::size_t>(options.top_k));
-  }
+  std::vector<std::int32_t> order(logits.size());
+  std::iota(order.begin(), order.end(), 0);
+  const std::int64_t most = options.top_k > 0 ? std::min(options.top_k, vocab) : vocab;
+  std::partial_sort(order.begin(), order.begin() + most, order.end(),
+                    [&](std::int32_t a, std::int32_t b) {
+                      return logit(a) != logit(b) ? logit(a) > logit(b) : a < b;
+                    });
+  order.resize(static_cast<std::size_t>(most));
   std::vector<double> weight;
   double total = 0;
   for (const std::int32_t id : order) {

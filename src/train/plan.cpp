@@ -101,6 +101,18 @@ std::string bytes_text(std::int64_t bytes) {
   return unit == 0 ? fmt::format("{} B", bytes) : fmt::format("{:.1f} {}", value, units[unit]);
 }
 
+std::int64_t TrainPlan::even_bytes() const {
+  std::int64_t sum = 0;
+  for (const ByteRow& row : bytes) sum += row.balanced;
+  return sum;
+}
+
+std::int64_t TrainPlan::worst_bytes() const {
+  std::int64_t sum = 0;
+  for (const ByteRow& row : bytes) sum += row.worst;
+  return sum;
+}
+
 TrainPlan make_plan(const TrainerOptions& options, int num_ranks, int ranks_per_node,
                     std::int64_t ep_size, int threads_per_rank) {
   TrainPlan plan;
@@ -161,15 +173,12 @@ std::string to_text(const TrainPlan& plan) {
       grouped_digits(plan.micro_batch_tokens), plan.rounds, plan.rounds == 1 ? "" : "s");
   text += segments_text(plan);
   text += fmt::format("\n{:<40} {:>12} {:>12}\n", "memory of a rank", "even load", "worst case");
-  std::int64_t even = 0;
-  std::int64_t worst = 0;
   for (const ByteRow& row : plan.bytes) {
     text += fmt::format("{:<40} {:>12} {:>12}\n", row.purpose, bytes_text(row.balanced),
                         bytes_text(row.worst));
-    even += row.balanced;
-    worst += row.worst;
   }
-  text += fmt::format("{:<40} {:>12} {:>12}\n", "sum", bytes_text(even), bytes_text(worst));
+  text += fmt::format("{:<40} {:>12} {:>12}\n", "sum", bytes_text(plan.even_bytes()),
+                      bytes_text(plan.worst_bytes()));
   for (const std::string& sentence : plan.advice) text += fmt::format("note: {}\n", sentence);
   return text;
 }

@@ -32,6 +32,9 @@ struct TrainPlan {
   double training_flops_per_token = 0;
   std::vector<ByteRow> bytes;       ///< of rank 0
   std::vector<std::string> advice;  ///< sentences; what could be better
+
+  std::int64_t even_bytes() const;   ///< of a rank, experts evenly loaded
+  std::int64_t worst_bytes() const;  ///< of a rank, the most that can happen
 };
 
 /// `ep_size` 0 = auto; every `ranks_per_node` consecutive ranks share a node. Throws (usage) where

@@ -65,14 +65,15 @@ struct Experts {
     const std::int64_t h = shape.hidden_size, f = shape.ff_size;
     return {{gate(0), dtype_of<T>(), 2 * f, h}, {down(0), dtype_of<T>(), h, f}, expert_stride};
   }
-  void forward(Stream& stream) {
+  void forward(Stream& stream, bool few_rows = false) {
     ffn_forward(stream, {.y = y.view(),
                          .gate_up = gate_up.view(),
                          .act = act.view(),
                          .x = x.view(),
                          .weights = views(),
                          .shape = shape,
-                         .segments = segments});
+                         .segments = segments,
+                         .few_rows = few_rows});
   }
   void backward(Stream& stream, bool with_weights) {
     FfnBackward args{.dx = dx.view(),
@@ -256,6 +257,27 @@ TYPED_TEST(Ffn, AgreesWithDouble) {
   check_all(odd, false);
   Experts<TypeParam> nothing({16, 16}, 2, {{0, 0, 0}, {1, 0, 0}});
   check_all(nothing, true);
+}
+
+// For decoding: as many rows as there are texts, blocks of 64 columns and what is left.
+TYPED_TEST(Ffn, FewRowsAgreeWithDouble) {
+  for (const FfnShape shape : {FfnShape{24, 40}, FfnShape{130, 67}}) {
+    Experts<TypeParam> experts(shape, 3, {{0, 3, 1}, {1, 0, 0}, {1, 3, 19}, {2, 0, 5}}, 2);
+    const Reference reference(experts, false);
+    Stream stream(2);
+    const Matrix<TypeParam> before = experts.y;
+    experts.forward(stream, true);
+    Matrix<TypeParam> y = experts.y;
+    std::int64_t next = 0;
+    for (const Segment& segment : experts.segments) {
+      for (; next < segment.row_begin; ++next) {
+        ASSERT_TRUE(same_bits(y.row(next), &before.at(next, 0), shape.hidden_size));
+        std::fill_n(y.row(next), shape.hidden_size, TypeParam{});
+      }
+      next += segment.rows;
+    }
+    check_near<TypeParam>(y.values.data(), reference.y, 1, "y");
+  }
 }
 
 TYPED_TEST(Ffn, TileEdges) {

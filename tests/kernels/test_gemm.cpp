@@ -41,7 +41,7 @@ const std::vector<Shape> kShapes = {{0, 16, 16},   {1, 16, 32},    {1, 1, 1},   
 
 template <class T, class Result>
 void check_forward(const Shape& s, std::int64_t x_pad, std::int64_t y_pad, bool with_bias,
-                   bool accumulate) {
+                   bool accumulate, bool few_rows = false) {
   Stream stream(2);
   Matrix<T> x(s.rows, s.in, s.in + x_pad), w(s.out, s.in);
   Matrix<Acc<T>> bias(1, s.out);
@@ -52,7 +52,8 @@ void check_forward(const Shape& s, std::int64_t x_pad, std::int64_t y_pad, bool 
                           .x = x.view(),
                           .weight = w.view(),
                           .bias = with_bias ? bias.view() : TensorView(),
-                          .accumulate = accumulate});
+                          .accumulate = accumulate,
+                          .few_rows = few_rows});
   for (std::int64_t i = 0; i < s.rows; ++i) {
     for (std::int64_t j = 0; j < s.out; ++j) {
       double expected = with_bias ? static_cast<double>(bias.at(0, j)) : 0;
@@ -84,6 +85,31 @@ TYPED_TEST(Gemm, ForwardAgreesWithDouble) {
   check_forward<TypeParam, TypeParam>({70, 40, 24}, 8, 16, true, false);
   check_forward<TypeParam, Acc<TypeParam>>({300, 40, 24}, 0, 16, false, true);
   check_forward<TypeParam, Acc<TypeParam>>({70, 40, 24}, 0, 0, true, true);
+}
+
+TYPED_TEST(Gemm, FewRowsAgreeWithDouble) {
+  for (const Shape& shape : kShapes) {
+    check_forward<TypeParam, TypeParam>(shape, 0, 0, false, false, true);
+    check_forward<TypeParam, Acc<TypeParam>>(shape, 8, 16, true, false, true);
+  }
+}
+
+// A text that is decoded alone has the bits it has among others, on any number of threads.
+TYPED_TEST(Gemm, OfFewRowsEachHasItsOwnBits) {
+  using T = TypeParam;
+  const std::int64_t rows = 23, out = 70, in = 100;
+  Stream one(1), three(3);
+  Matrix<T> x(rows, in), w(out, in), whole(rows, out), part(rows, out);
+  x.randomize(1), w.randomize(2);
+  linear_forward(three, {.y = whole.view(), .x = x.view(), .weight = w.view(), .few_rows = true});
+  for (const auto& [begin, count] :
+       std::vector<std::pair<std::int64_t, std::int64_t>>{{0, 1}, {3, 2}, {1, 4}, {5, 17}}) {
+    linear_forward(one, {.y = part.rows(0, count),
+                         .x = x.rows(begin, count),
+                         .weight = w.view(),
+                         .few_rows = true});
+    EXPECT_TRUE(same_bits(part.row(0), whole.row(begin), count * out)) << begin << " + " << count;
+  }
 }
 
 TYPED_TEST(Gemm, DgradAgreesWithDouble) {

@@ -200,6 +200,20 @@ TEST_F(TrainingCommand, ThePlanNeedsNeitherRanksNorARunFolder) {
   EXPECT_FALSE(fs::exists(run_dir("planned")));
 }
 
+// Refused before anything is reserved, on all ranks, with a way out.
+TEST_F(TrainingCommand, ARunThatCannotFitIntoMemorySaysWhatWould) {
+  const std::string huge =
+      "--set model.num_experts=512 --set model.hidden_size=8192 "
+      "--set model.expert_ff_size=8192";
+  const ShellResult refused = arcus(2, train("huge", huge));
+  EXPECT_EQ(refused.code, 64) << refused.out;
+  EXPECT_TRUE(contains(refused.out, "available to it")) << refused.out;
+  EXPECT_TRUE(contains(refused.out, "16 ranks, on 8 times as many nodes")) << refused.out;
+  const ShellResult planned = arcus(0, train("huge", huge + " --plan"));
+  EXPECT_EQ(planned.code, 0) << planned.out;
+  EXPECT_TRUE(contains(planned.out, "available to it")) << planned.out;
+}
+
 struct Mistake {
   std::string arguments;
   int code;
@@ -273,7 +287,9 @@ TEST_F(TrainingCommand, EveryBenchmarkRunsAtATinySize) {
     EXPECT_TRUE(contains(result.out, expected)) << result.out;
   }
   const std::string trace = run_dir("trace.json");
-  const ShellResult account = arcus(2, "bench step" + tiny + " --account --trace " + trace);
+  const std::string figures = run_dir("figures.json");
+  const ShellResult account =
+      arcus(2, "bench step" + tiny + " --account --trace " + trace + " --json " + figures);
   EXPECT_EQ(account.code, 0) << account.out;
   for (const char* row : {"experts' products at the measured peak", "counts exchange",
                           "waiting for others", "sum of the rows"}) {
@@ -288,6 +304,12 @@ TEST_F(TrainingCommand, EveryBenchmarkRunsAtATinySize) {
     if (event["ph"] == "X" && event["name"] == "dispatch") tracks.insert(event["tid"].get<int>());
   }
   EXPECT_EQ(tracks, (std::set<int>{0, 1}));
+  std::ifstream figures_file(figures);
+  const auto step = nlohmann::json::parse(figures_file, nullptr, false);
+  ASSERT_TRUE(step.is_object());
+  EXPECT_EQ(step["ranks"], 2);
+  EXPECT_GT(step["memory"]["measured"], 0);
+  EXPECT_GT(step["account_ms"]["optimizer"], 0);
 }
 
 // A text must not depend on its neighbours, in layers of another routing either.
