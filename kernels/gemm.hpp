@@ -78,7 +78,7 @@ struct BiasGrad {
 ARCUS_DECLARE_OP(bias_grad, BiasGrad)
 
 /// One matrix product that may occur in a step, for building primitives before the first one.
-enum class GemmKind { forward, dgrad, wgrad, expert_wgrad };
+enum class GemmKind { forward, dgrad, wgrad, ffn_wgrad };
 struct GemmShape {
   GemmKind kind = GemmKind::forward;
   DType dtype = DType::f32;         ///< of the operands

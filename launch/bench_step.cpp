@@ -11,6 +11,7 @@
 #include "launch/account.hpp"
 #include "launch/bench.hpp"
 #include "launch/made_up_data.hpp"
+#include "launch/memory_check.hpp"
 #include "launch/run_setup.hpp"
 #include "launch/threads.hpp"
 #include "src/base/error.hpp"
@@ -278,6 +279,7 @@ ExitCode bench_step(Session& session, const BenchOptions& options) {
   std::unique_ptr<MadeUpData> made_up;
   Config config = options.config;
   session.together([&] {
+    if (session.is_root() && !options.json.empty()) write_json(nullptr, options.json);
     ARCUS_REQUIRE(config.run.data.empty() || options.repeated == 0, ExitCode::usage,
                   "--repeated {} is about made-up text, but run.data is {}; leave one of them out",
                   options.repeated, config.run.data);
@@ -288,11 +290,12 @@ ExitCode bench_step(Session& session, const BenchOptions& options) {
   }
   const TokenDataset dataset = open_dataset(session, config.run.data);
   session.together([&] {
-    config.model.vocab_size = resolve_model(config, &dataset).vocab_size;
+    config.model = resolve_model(config, &dataset);
     resolve_ep_size(config.parallel.ep_size, session.comm().size(), config.model.num_experts);
   });
   Stream stream(threads_per_rank(config.parallel, session.comm(), session.stream()));
   const DType dtype = dtype_from_name(config.train.dtype);
+  checked_plan(session, config, trainer_options(config, config.model), stream.num_threads());
   if (session.is_root()) {
     fmt::print(
         "{} layers, hidden {}, {} experts of {}, top {}; {} x {} tokens a step; {}; {} ranks "

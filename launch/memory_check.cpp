@@ -1,29 +1,33 @@
 #include "launch/memory_check.hpp"
 
-#include <spdlog/spdlog.h>
-
 #include <limits>
 
 #include "src/base/error.hpp"
-#include "src/base/log.hpp"
 #include "src/base/memory.hpp"
 
 namespace arcus {
 
 std::int64_t memory_per_rank(int ranks_here) { return available_memory() / ranks_here; }
 
-void check_memory(Session& session, const TrainerOptions& options, const TrainPlan& plan) {
+CheckedPlan checked_plan(Session& session, const Config& config, const TrainerOptions& options,
+                         int num_threads) {
   constexpr std::int64_t kUnknown = std::numeric_limits<std::int64_t>::max();
-  const std::int64_t own = memory_per_rank(session.comm().node_size());
+  const int ranks_here = session.comm().node_size();
+  const std::int64_t own = memory_per_rank(ranks_here);
   std::int64_t least = own == 0 ? kUnknown : own;
   session.stream().wait(session.comm().all_reduce(
       session.stream(), {TensorView(&least, DType::i64, 1, 1), ReduceOp::min}));
+  CheckedPlan checked;
   session.together([&] {
-    if (!session.is_root() || least == kUnknown) return;
-    const MemoryFit fit = memory_fit(options, plan, session.comm().node_size(), least);
-    ARCUS_REQUIRE(fit.fits_even, ExitCode::usage, "{}", fit.text);
-    if (!fit.fits_worst) spdlog::warn("{}", fit.text);
+    if (!session.is_root()) return;
+    const std::int64_t ep_size = config.parallel.ep_size;
+    checked.plan = make_plan(options, session.comm().size(), ranks_here, ep_size, num_threads);
+    if (least == kUnknown) return;
+    const MemoryFit fit = memory_fit(options, checked.plan, ranks_here, ep_size, least);
+    ARCUS_REQUIRE(fit.fits_even || !config.run.check_memory, ExitCode::usage, "{}", fit.text);
+    checked.tight = fit.text;
   });
+  return checked;
 }
 
 }  // namespace arcus

@@ -1,7 +1,9 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
+#include "launch/run_config.hpp"
 #include "launch/session.hpp"
 #include "src/train/memory_fit.hpp"
 
@@ -10,9 +12,14 @@ namespace arcus {
 /// Bytes that each of `ranks_here` ranks may take of what this machine has left; 0 = unknown.
 std::int64_t memory_per_rank(int ranks_here);
 
-/// Refuses (usage, on all ranks) a run that does not fit into the memory of its machines even with
-/// evenly loaded experts, and warns of one that might not, each with a table of settings that
-/// would. `plan` is needed on rank 0. Collective.
-void check_memory(Session& session, const TrainerOptions& options, const TrainPlan& plan);
+/// A run's plan, on rank 0 alone.
+struct CheckedPlan {
+  TrainPlan plan;
+  std::string tight;  ///< what may not fit at worst, with settings that would; empty: all fits
+};
+/// Refuses (usage, on all ranks, unless run.check_memory is off) what does not fit into the memory
+/// of its machines even with evenly loaded experts. Collective.
+CheckedPlan checked_plan(Session& session, const Config& config, const TrainerOptions& options,
+                         int num_threads);
 
 }  // namespace arcus

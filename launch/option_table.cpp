@@ -129,8 +129,9 @@ Section run_section() {
        option("stuck_after_s", &C::stuck_after_s,
               "seconds without progress after which the run is declared stuck", above(0)),
        option("max_bad_steps", &C::max_bad_steps,
-              "non-finite steps in a row after which the run stops, everything saved",
-              at_least(1))});
+              "non-finite steps in a row after which the run stops, everything saved", at_least(1)),
+       option("check_memory", &C::check_memory,
+              "refuse a run that does not fit into its machine's memory")});
 }
 
 Section model_section() {

@@ -508,12 +508,14 @@ std::vector<std::string> keys_without_effect(const Config& config) {
   const bool others = config.model.num_layers - config.model.first_k_dense > overridden;
   for (const KeyUse& use : key_uses()) {
     // Layers that an override names take the key from [routing] where their row does not give it.
-    bool used = others && use.used(config.routing);
+    const std::int64_t experts = config.model.num_experts;
+    bool used = others && use.used(config.routing, config.model.topk == experts);
     for (std::size_t i = 0; i < overrides.size(); ++i) {
-      const RoutingConfig& routing = overrides[i].with.routing;
+      const auto& [topk, routing] = overrides[i].with;
+      const bool used_here = use.used(routing, topk == experts);
       if (!config.routing_overrides[i].given.contains(std::string(use.key))) {
-        used = used || use.used(routing);
-      } else if (!use.used(routing)) {
+        used = used || used_here;
+      } else if (!used_here) {
         report(fmt::format("routing.override.{}", i), use, routing);
       }
     }

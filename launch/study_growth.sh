@@ -24,8 +24,10 @@ tiny=""
 axes=""
 while [ $# -gt 0 ]; do
   case "$1" in
-    --repeats) repeats=$2; shift ;;
-    --out) out=$2; shift ;;
+    --repeats | --out)
+      [ $# -gt 1 ] || { echo "study_growth.sh: $1 needs a value" >&2; exit 64; }
+      if [ "$1" = --out ]; then out=$2; else repeats=$2; fi
+      shift ;;
     --tiny) tiny=1 ;;
     -h | --help) sed -n '2,18s/^# \{0,1\}//p' "$0"; exit 0 ;;
     experts | sequence | vocabulary | hidden | ranks | skew | memory | micro) axes="$axes $1" ;;
@@ -38,16 +40,17 @@ done
 arcus=${ARCUS:-build/quickstart/arcus}
 [ -x "$arcus" ] || { echo "study_growth.sh: $arcus is not there; run launch/quickstart.sh first" >&2; exit 65; }
 launch/install-packages.sh study
+version=$("$arcus" --version | cksum)
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_mpi_yield_when_idle=1
 export OMPI_MCA_btl_base_warn_component_unused=0 OMP_WAIT_POLICY=passive
 mkdir -p "$out"
 
-# measure NAME RANKS THREADS [SETTING... [-- OPTION...]]: one benchmark, unless its figures are there.
+# measure NAME RANKS THREADS [SETTING... [-- OPTION...]]: one benchmark, unless the figures of the same
+# program and settings are there.
 measure() {
   name=$1 ranks=$2 threads=$3
   shift 3
   file=$out/$name.json
-  [ -s "$file" ] && [ -z "$tiny" ] && return
   sets="--set parallel.threads=$threads"
   while [ $# -gt 0 ] && [ "$1" != -- ]; do sets="$sets --set $1"; shift; done
   [ $# -eq 0 ] || shift
@@ -56,6 +59,8 @@ measure() {
     sets="$sets --set train.seq_len=32 --set train.micro_batch_seqs=2 --set train.global_batch_seqs=8"
     sets="$sets --set model.num_heads=2 --set model.num_kv_heads=1"
   fi
+  same="$version: $ranks ranks, $repeats repeats, $sets $*"
+  [ -s "$file" ] && [ "$(cat "$out/$name.of" 2>/dev/null)" = "$same" ] && return
   launcher=""
   [ "$ranks" = 1 ] || launcher="mpirun -q --oversubscribe --bind-to none -np $ranks"
   echo "$name"
@@ -64,6 +69,7 @@ measure() {
   $launcher "$arcus" bench step --repeats "$repeats" --account --json "$file.tmp" $sets "$@" \
     >"$out/$name.txt" 2>&1 || { tail -n 5 "$out/$name.txt" >&2; exit 1; }
   mv "$file.tmp" "$file"
+  echo "$same" >"$out/$name.of"
 }
 
 # Columns of the table, from one file of figures: tokens/s of the whole step; of forward and backward

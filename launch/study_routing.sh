@@ -16,8 +16,10 @@ out=runs/routing
 names=""
 while [ $# -gt 0 ]; do
   case "$1" in
-    --steps) steps=$2; shift ;;
-    --out) out=$2; shift ;;
+    --steps | --out)
+      [ $# -gt 1 ] || { echo "study_routing.sh: $1 needs a value" >&2; exit 64; }
+      if [ "$1" = --out ]; then out=$2; else steps=$2; fi
+      shift ;;
     -h | --help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
     -*) echo "study_routing.sh: unknown option $1; it takes --steps N, --out DIR and names" >&2; exit 64 ;;
     *) names="$names $1" ;;
@@ -43,10 +45,13 @@ extra_of() { case "$1" in unbalanced) echo "--set routing.aux_loss=0" ;; esac; }
 
 train_and_evaluate() {
   name=$1
-  if [ -s "$out/$name.json" ]; then
-    [ "$(cat "$out/$name.steps" 2>/dev/null)" = "$steps" ] && return
-    rm -rf "${out:?}/$name" "$out/$name.json"  # of another number of steps
+  same="$steps steps of $(cksum <"launch/configs/routing/$(config_of "$name").toml")"
+  if [ "$(cat "$out/$name.of" 2>/dev/null)" != "$same" ]; then
+    rm -rf "${out:?}/$name" "$out/$name.json"  # of other steps or settings
+  elif [ -s "$out/$name.json" ]; then
+    return
   fi
+  echo "$same" >"$out/$name.of"
   # The file's extra settings are words without blanks.
   # shellcheck disable=SC2046
   $mpirun_2 "$arcus" train "launch/configs/routing/$(config_of "$name").toml" \
@@ -54,7 +59,6 @@ train_and_evaluate() {
     --set eval.every=0 --set checkpoint.every=0 $(extra_of "$name") >"$out/$name.log" 2>&1 ||
     { tail -n 5 "$out/$name.log" >&2; exit 1; }
   $mpirun_2 "$arcus" eval "$out/$name" --data $data --json --routing >"$out/$name.tmp"
-  echo "$steps" >"$out/$name.steps"
   mv "$out/$name.tmp" "$out/$name.json"
 }
 

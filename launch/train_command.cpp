@@ -65,7 +65,7 @@ int print_plan(const Arguments& arguments) {
       make_plan(options, arguments.ranks, per_node, config.parallel.ep_size, threads);
   fmt::print("{}", to_text(plan));
   if (const std::int64_t available = memory_per_rank(per_node); available > 0) {
-    const MemoryFit fit = memory_fit(options, plan, per_node, available);
+    const MemoryFit fit = memory_fit(options, plan, per_node, config.parallel.ep_size, available);
     if (!fit.fits_worst) spdlog::warn("on a machine like this one {}", fit.text);
   }
   for (const std::string& line : keys_without_effect(config)) spdlog::warn("{}", line);

@@ -9,7 +9,6 @@
 #include <random>
 
 #include "kernels/gradient.hpp"
-#include "launch/memory_check.hpp"
 #include "launch/run_setup.hpp"
 #include "launch/signals.hpp"
 #include "launch/threads.hpp"
@@ -78,10 +77,13 @@ TrainRun::TrainRun(Session& session, const Config& config, const std::string& re
     sampler_ = std::make_unique<BatchSampler>(dataset_, config_.data, config_.train.seq_len,
                                               config_.run.seed);
   });
-  open_folder(resume);
   stream_ = std::make_unique<Stream>(
       threads_per_rank(config_.parallel, session_.comm(), session_.stream()));
-  print_plan();
+  const TrainerOptions options = trainer_options(config_, resolve_model(config_, &dataset_));
+  // Before anything in the folder is touched.
+  const CheckedPlan checked = checked_plan(session_, config_, options, stream_->num_threads());
+  open_folder(resume);
+  print_plan(checked);
   build();
   restore(resume);
   watch();
@@ -130,19 +132,13 @@ void TrainRun::start_afresh() {
   }
 }
 
-void TrainRun::print_plan() {
-  const TrainerOptions options = trainer_options(config_, resolve_model(config_, &dataset_));
-  TrainPlan plan;
-  session_.together([&] {
-    if (!session_.is_root()) return;
-    const std::string changed = changed_from_defaults(config_);
-    if (!changed.empty()) log_lines("configuration, other than the defaults:\n" + changed);
-    for (const std::string& line : keys_without_effect(config_)) spdlog::warn("{}", line);
-    plan = make_plan(options, session_.comm().size(), session_.comm().node_size(),
-                     config_.parallel.ep_size, stream_->num_threads());
-    log_lines(to_text(plan));
-  });
-  check_memory(session_, options, plan);
+void TrainRun::print_plan(const CheckedPlan& checked) const {
+  if (!session_.is_root()) return;
+  const std::string changed = changed_from_defaults(config_);
+  if (!changed.empty()) log_lines("configuration, other than the defaults:\n" + changed);
+  for (const std::string& line : keys_without_effect(config_)) spdlog::warn("{}", line);
+  log_lines(to_text(checked.plan));
+  if (!checked.tight.empty()) spdlog::warn("{}", checked.tight);
 }
 
 void TrainRun::build() {

@@ -7,6 +7,7 @@
 #include "checkpoints/checkpoint.hpp"
 #include "checkpoints/run_lock.hpp"
 #include "comm/watchdog.hpp"
+#include "launch/memory_check.hpp"
 #include "launch/progress.hpp"
 #include "launch/run_config.hpp"
 #include "launch/session.hpp"
@@ -28,7 +29,7 @@ class TrainRun {
  private:
   void open_folder(const std::string& resume);
   void start_afresh();
-  void print_plan();
+  void print_plan(const CheckedPlan& checked) const;
   void build();
   void restore(const std::string& resume);
   void watch();

@@ -1,8 +1,10 @@
+#include <optional>
 #include <regex>
 #include <set>
 
 #include "launch/run_config.hpp"
 #include "src/base/error.hpp"
+#include "src/model/routing_rules.hpp"
 #include "src/train/schedule.hpp"
 
 namespace arcus {
@@ -68,11 +70,64 @@ void validate_capacity(const Config& config, const RoutingConfig& routing) {
       routing.min_capacity, tokens, config.train.seq_len, config.train.micro_batch_seqs, tokens);
 }
 
+/// The first rule of routing that `config` breaks, in [routing] or in a row of
+/// [[routing.override]].
+struct BrokenRule {
+  Refusal refusal;
+  std::optional<std::size_t> row;
+};
+BrokenRule first_broken_rule(const Config& config) {
+  BrokenRule broken{first_refusal(config.model, config.routing), {}};
+  const std::vector<RoutingOverride> overrides = resolve_overrides(config);
+  for (std::size_t i = 0; i < overrides.size() && broken.refusal.empty(); ++i) {
+    ModelConfig model = config.model;
+    model.topk = overrides[i].with.topk;
+    broken = {first_refusal(model, overrides[i].with.routing), i};
+  }
+  return broken;
+}
+
+/// What must be set beside the first remedy of a refusal before the configuration is accepted: a
+/// rule that does not hold is seldom alone. Empty where that remedy is enough.
+std::string settings_beyond_the_first(const Config& config) {
+  constexpr int kMostRounds = 32;  // more than there are rules
+  Config trial = config;
+  std::string text;
+  for (int round = 0; round < kMostRounds; ++round) {
+    const BrokenRule broken = first_broken_rule(trial);
+    if (broken.refusal.empty()) {
+      validate(trial.model, trial.routing);
+      return text;
+    }
+    for (const Setting& setting : broken.refusal.remedies.front()) {
+      apply_set(trial, setting.key_in(broken.row) + "=" + setting.value);
+      if (round == 0) continue;
+      text += fmt::format("{}{} = {}{}", text.empty() ? "; with the first, then also " : " and ",
+                          setting.key_in(broken.row), setting.value, setting.remark);
+    }
+  }
+  return {};
+}
+
+void validate_routing(const Config& config) {
+  try {
+    validate(config.model, config.routing);
+    validate(config.model, resolve_overrides(config));
+  } catch (const Error& error) {
+    std::string more;
+    try {
+      more = settings_beyond_the_first(config);
+    } catch (const Error&) {
+      // Something else is wrong with it, and comes to light once this is mended.
+    }
+    throw Error(error.code(), error.what() + more, error.file(), error.line());
+  }
+}
+
 }  // namespace
 
 void validate(const Config& config) {
-  validate(config.model, config.routing);
-  validate(config.model, resolve_overrides(config));
+  validate_routing(config);
   validate(config.train);
   validate_groups(config.groups);
   validate_domains(config.data.domains);

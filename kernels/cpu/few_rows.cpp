@@ -4,8 +4,8 @@
 #include <cstring>
 #include <type_traits>
 
-// Compiled with contraction of products and sums (kernels/CMakeLists.txt): every product is added
-// by one fused operation, in all shapes of block below.
+// Compiled with contraction of products and sums (kernels/CMakeLists.txt): where the processor has
+// them, fused operations add every product, in all shapes of block below.
 namespace arcus::cpu {
 namespace {
 

@@ -44,10 +44,10 @@ std::vector<GemmShape> ffn_gemm_shapes(const FfnShape& shape, DType compute, std
   GemmShape dx = gate_up;
   dx.kind = GemmKind::dgrad;
   GemmShape dgate = gate_up;  // dup is its twin
-  dgate.kind = GemmKind::expert_wgrad;
+  dgate.kind = GemmKind::ffn_wgrad;
   dgate.out = width;
   GemmShape ddown = down;
-  ddown.kind = GemmKind::expert_wgrad;
+  ddown.kind = GemmKind::ffn_wgrad;
   for (const GemmShape& each : {dact, dx, dgate, ddown}) shapes.push_back(each);
   return shapes;
 }

@@ -290,7 +290,7 @@ void build_row_tiles(Context& context, const GemmKey& key, std::int64_t min_rows
 }
 
 void build_wgrad(Context& context, const GemmShape& shape) {
-  const std::int64_t height = shape.kind == GemmKind::expert_wgrad
+  const std::int64_t height = shape.kind == GemmKind::ffn_wgrad
                                   ? wgrad_tile_rows(shape.in)
                                   : linear_wgrad_tile_rows(shape.out, shape.in);
   for (std::int64_t k = padded_rows(std::max<std::int64_t>(shape.min_rows, 1));
@@ -321,7 +321,7 @@ void build_shape(Context& context, const GemmShape& shape) {
                                        shape.y_stride, shape.x_stride, shape.accumulate),
                              shape.min_rows, shape.max_rows);
     case GemmKind::wgrad:
-    case GemmKind::expert_wgrad:
+    case GemmKind::ffn_wgrad:
       return build_wgrad(context, shape);
   }
 }

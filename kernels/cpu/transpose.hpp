@@ -2,7 +2,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 namespace arcus::cpu {
 
@@ -12,12 +11,15 @@ template <class U>
 struct TransposeBlock {
   static constexpr int kSize = 16;
   using Row [[gnu::vector_size(kSize * sizeof(U))]] = U;
-  // Shuffle masks are integers of the element's width.
-  using Index = std::conditional_t<sizeof(U) == 2, std::int16_t,
-                                   std::conditional_t<sizeof(U) == 4, std::int32_t, std::int64_t>>;
-  using Mask [[gnu::vector_size(kSize * sizeof(U))]] = Index;
-  static constexpr Mask kLow = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-  static constexpr Mask kHigh = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+
+  /// The lower, and the upper halves of two rows, element by element in turn.
+  static Row low(Row a, Row b) {
+    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  }
+  static Row high(Row a, Row b) {
+    return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15,
+                                   31);
+  }
 
   static void run(U* to, std::int64_t to_stride, const U* from, std::int64_t from_stride) {
     Row rows[kSize];
@@ -27,8 +29,8 @@ struct TransposeBlock {
     for (int round = 0; round < 4; ++round) {
 #pragma GCC unroll 8
       for (int i = 0; i < kSize / 2; ++i) {
-        mixed[2 * i] = __builtin_shuffle(rows[i], rows[i + kSize / 2], kLow);
-        mixed[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kSize / 2], kHigh);
+        mixed[2 * i] = low(rows[i], rows[i + kSize / 2]);
+        mixed[2 * i + 1] = high(rows[i], rows[i + kSize / 2]);
       }
 #pragma GCC unroll 16
       for (int i = 0; i < kSize; ++i) rows[i] = mixed[i];

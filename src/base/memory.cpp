@@ -29,16 +29,29 @@ std::int64_t number(const fs::path& file) {
   return in >> value ? value : kUnknown;
 }
 
+/// Where a version of control groups keeps its numbers.
+struct GroupFiles {
+  const char* top;
+  const char* limit;
+  const char* usage;
+  const char* inactive;  ///< page cache in memory.stat, of the groups inside too
+  const char* active;
+};
+constexpr GroupFiles kVersion2{"sys/fs/cgroup", "memory.max", "memory.current", "inactive_file",
+                               "active_file"};
+constexpr GroupFiles kVersion1{"sys/fs/cgroup/memory", "memory.limit_in_bytes",
+                               "memory.usage_in_bytes", "total_inactive_file", "total_active_file"};
+
 /// What is left of a control group's limit. Page cache counts as used there but is given back.
-std::int64_t left_in_group(const fs::path& dir, const char* limit_file, const char* usage_file) {
-  const std::int64_t limit = number(dir / limit_file);
-  const std::int64_t usage = number(dir / usage_file);
+std::int64_t left_in_group(const fs::path& dir, const GroupFiles& files) {
+  const std::int64_t limit = number(dir / files.limit);
+  const std::int64_t usage = number(dir / files.usage);
   if (limit == kUnknown || usage == kUnknown) return kUnknown;
   std::ifstream stat(dir / "memory.stat");
   std::int64_t cache = 0;
   std::string name;
   for (std::int64_t value = 0; stat >> name >> value;) {
-    if (name == "inactive_file" || name == "active_file") cache += value;
+    if (name == files.inactive || name == files.active) cache += value;
   }
   return std::max<std::int64_t>(0, limit - std::max<std::int64_t>(0, usage - cache));
 }
@@ -52,13 +65,11 @@ std::int64_t left_in_groups(const fs::path& root, const std::string& line) {
   const bool v2 = second == first + 1;
   const bool v1 = line.substr(first, second - first).find("memory") != std::string::npos;
   if (!v1 && !v2) return kUnknown;
-  const fs::path top = root / (v1 ? "sys/fs/cgroup/memory" : "sys/fs/cgroup");
+  const GroupFiles& files = v1 ? kVersion1 : kVersion2;
   fs::path group = fs::path(line.substr(second + 1)).relative_path();
   std::int64_t left = kUnknown;
   while (true) {
-    left = std::min(
-        left, v1 ? left_in_group(top / group, "memory.limit_in_bytes", "memory.usage_in_bytes")
-                 : left_in_group(top / group, "memory.max", "memory.current"));
+    left = std::min(left, left_in_group(root / files.top / group, files));
     if (group.empty()) return left;
     group = group.parent_path();
   }

@@ -420,31 +420,38 @@ constexpr std::array kRules{
     RoutingRule{"a stream that looks at later tokens needs allow_future_leak", check_stream_leak}};
 
 /// Experts that choose their tokens themselves drop none.
-bool drops(const RoutingConfig& r) {
+bool drops(const RoutingConfig& r, bool /*every_expert*/) {
   return (r.capacity_factor > 0 && !find_select(r.select).predicts) || r.eval_capacity_factor > 0;
 }
-bool has_capacity(const RoutingConfig& r) {
+bool has_capacity(const RoutingConfig& r, bool /*every_expert*/) {
   return r.capacity_factor > 0 || r.eval_capacity_factor > 0;
 }
 
+bool chooses(const RoutingConfig& /*r*/, bool every_expert) { return !every_expert; }
+
 constexpr std::array kKeyUses{
-    KeyUse{"group_score", "n_group > 1", [](const RoutingConfig& r) { return r.n_group > 1; }},
+    KeyUse{"group_score", "n_group > 1",
+           [](const RoutingConfig& r, bool) { return r.n_group > 1; }},
     KeyUse{"min_capacity", "a capacity factor", has_capacity},
     KeyUse{"drop_policy", "a capacity factor that drops", drops},
     KeyUse{"renormalize_after_drop", "a capacity factor that drops", drops},
-    KeyUse{"aux_scope", "aux_loss", [](const RoutingConfig& r) { return r.aux_loss > 0; }},
+    KeyUse{"aux_scope", "aux_loss", [](const RoutingConfig& r, bool) { return r.aux_loss > 0; }},
+    KeyUse{"aux_loss", "topk < num_experts", chooses},
+    KeyUse{"aux_loss_sequence", "topk < num_experts", chooses},
+    KeyUse{"aux_loss_global", "topk < num_experts", chooses},
+    KeyUse{"expert_bias_rate", "topk < num_experts", chooses},
     KeyUse{"sinkhorn_iterations", "select \"sinkhorn\"",
-           [](const RoutingConfig& r) { return r.select == "sinkhorn"; }},
+           [](const RoutingConfig& r, bool) { return r.select == "sinkhorn"; }},
     KeyUse{"allow_future_leak", "select \"expert_choice\" or stream \"capacity\"",
-           [](const RoutingConfig& r) {
+           [](const RoutingConfig& r, bool) {
              return find_select(r.select).predicts || find_stream(r.stream).predicts;
            }},
     KeyUse{"stream_theta", "stream \"threshold\"",
-           [](const RoutingConfig& r) { return r.stream == "threshold"; }},
+           [](const RoutingConfig& r, bool) { return r.stream == "threshold"; }},
     KeyUse{"stream_capacity_factor", "stream \"capacity\"",
-           [](const RoutingConfig& r) { return r.stream == "capacity"; }},
+           [](const RoutingConfig& r, bool) { return r.stream == "capacity"; }},
     KeyUse{"stream_target_share", "stream_target_loss",
-           [](const RoutingConfig& r) { return r.stream_target_loss > 0; }}};
+           [](const RoutingConfig& r, bool) { return r.stream_target_loss > 0; }}};
 
 std::string_view mark(bool yes) { return yes ? "yes" : "-"; }
 
@@ -481,16 +488,17 @@ std::string stream_table_text() {
 
 }  // namespace
 
+std::string Setting::key_in(std::optional<std::size_t> row) const {
+  return row ? fmt::format("routing.override.{}.{}", *row, key.substr(key.rfind('.') + 1)) : key;
+}
+
 std::string Refusal::message(std::optional<std::size_t> row) const {
-  const auto key_of = [&](const std::string& key) {
-    return row ? fmt::format("routing.override.{}.{}", *row, key.substr(key.rfind('.') + 1)) : key;
-  };
   std::string text = problem + "; ";
   for (std::size_t i = 0; i < remedies.size(); ++i) {
     text += i == 0 ? "set " : ", or set ";
     for (std::size_t j = 0; j < remedies[i].size(); ++j) {
       const Setting& setting = remedies[i][j];
-      text += fmt::format("{}{} to {}{}", j == 0 ? "" : " and ", key_of(setting.key), setting.value,
+      text += fmt::format("{}{} to {}{}", j == 0 ? "" : " and ", setting.key_in(row), setting.value,
                           setting.remark);
     }
   }
@@ -500,16 +508,22 @@ std::string Refusal::message(std::optional<std::size_t> row) const {
 std::span<const RoutingRule> routing_rules() { return kRules; }
 std::span<const KeyUse> key_uses() { return kKeyUses; }
 
-void check_routing(const ModelConfig& model, const RoutingConfig& routing,
-                   std::optional<std::size_t> row) {
+Refusal first_refusal(const ModelConfig& model, const RoutingConfig& routing) {
   ARCUS_CHECK(routing.n_group > 0 && routing.topk_group > 0 && model.num_experts > 0,
               "{} of {} groups of {} experts", routing.topk_group, routing.n_group,
               model.num_experts);
   for (const RoutingRule& rule : kRules) {
-    const Refusal refusal = rule.check(model, routing);
+    Refusal refusal = rule.check(model, routing);
     ARCUS_CHECK(refusal.empty() == refusal.remedies.empty(), "\"{}\" names no remedy", rule.rule);
-    ARCUS_REQUIRE(refusal.empty(), ExitCode::usage, "{}", refusal.message(row));
+    if (!refusal.empty()) return refusal;
   }
+  return {};
+}
+
+void check_routing(const ModelConfig& model, const RoutingConfig& routing,
+                   std::optional<std::size_t> row) {
+  const Refusal refusal = first_refusal(model, routing);
+  ARCUS_REQUIRE(refusal.empty(), ExitCode::usage, "{}", refusal.message(row));
 }
 
 std::string combinations_text() {

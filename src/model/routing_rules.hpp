@@ -19,6 +19,9 @@ struct Setting {
   std::string key;
   std::string value;   ///< as TOML text
   std::string remark;  ///< what a user should know before, "" = nothing
+
+  /// The key; with `row`, that of the same setting in that row of [[routing.override]].
+  std::string key_in(std::optional<std::size_t> row) const;
 };
 
 /// What is wrong with one combination.
@@ -45,11 +48,14 @@ std::span<const RoutingRule> routing_rules();
 struct KeyUse {
   std::string_view key;
   std::string_view needs;  ///< in words
-  bool (*used)(const RoutingConfig& routing);
+  /// `every_expert`: topk is num_experts, so that nothing is chosen.
+  bool (*used)(const RoutingConfig& routing, bool every_expert);
 };
 
 std::span<const KeyUse> key_uses();
 
+/// Of the first rule that does not hold; empty where all do.
+Refusal first_refusal(const ModelConfig& model, const RoutingConfig& routing);
 /// Throws (usage) with the message of the first rule that does not hold; `row` as in message().
 void check_routing(const ModelConfig& model, const RoutingConfig& routing,
                    std::optional<std::size_t> row = {});

@@ -46,6 +46,7 @@ struct RunConfig {
   std::int64_t trace_routing_every = 0;  ///< write a routing trace every n steps; 0 = never
   double stuck_after_s = 600;            ///< the watchdog's patience
   std::int64_t max_bad_steps = 10;       ///< non-finite steps in a row before the run stops
+  bool check_memory = true;              ///< refuse a run that does not fit into memory
 };
 
 /// Keys of [eval].

@@ -21,10 +21,14 @@ std::int32_t sample_token(std::span<const float> logits, const SamplingOptions& 
   std::vector<std::int32_t> order(logits.size());
   std::iota(order.begin(), order.end(), 0);
   const std::int64_t most = options.top_k > 0 ? std::min(options.top_k, vocab) : vocab;
-  std::partial_sort(order.begin(), order.begin() + most, order.end(),
-                    [&](std::int32_t a, std::int32_t b) {
-                      return logit(a) != logit(b) ? logit(a) > logit(b) : a < b;
-                    });
+  const auto more_likely = [&](std::int32_t a, std::int32_t b) {
+    return logit(a) != logit(b) ? logit(a) > logit(b) : a < b;
+  };
+  if (most < vocab) {
+    std::partial_sort(order.begin(), order.begin() + most, order.end(), more_likely);
+  } else {
+    std::sort(order.begin(), order.end(), more_likely);
+  }
   order.resize(static_cast<std::size_t>(most));
   std::vector<double> weight;
   double total = 0;

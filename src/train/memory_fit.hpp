@@ -15,8 +15,9 @@ struct MemoryFit {
   std::string text;
 };
 
-/// `available`: bytes that each rank may take. `plan` is of the same options and layout.
+/// `available`: bytes that each rank may take. `plan` is of the same options and layout, of which
+/// `ep_size` was configured (0 = auto).
 MemoryFit memory_fit(const TrainerOptions& options, const TrainPlan& plan, int ranks_per_node,
-                     std::int64_t available);
+                     std::int64_t ep_size, std::int64_t available);
 
 }  // namespace arcus

@@ -58,6 +58,10 @@ TEST_F(AvailableMemory, KnowsGroupsOfTheFirstVersion) {
   write("sys/fs/cgroup/memory/slurm/job/memory.limit_in_bytes", "4000\n");
   write("sys/fs/cgroup/memory/slurm/job/memory.usage_in_bytes", "1000\n");
   EXPECT_EQ(available(), 3000);
+  // The job's page cache is counted at its steps, and in total here.
+  write("sys/fs/cgroup/memory/slurm/job/memory.stat",
+        "inactive_file 1\ntotal_inactive_file 300\ntotal_active_file 200\n");
+  EXPECT_EQ(available(), 3500);
   write("sys/fs/cgroup/memory/slurm/job/memory.usage_in_bytes", "5000\n");
   EXPECT_EQ(available(), 0);
 }

@@ -333,6 +333,49 @@ TEST(RunConfig, WhatARefusalNamesInsteadIsAccepted) {
   }
 }
 
+/// The settings that a message proposes: the first remedy ("set K to V and K to V") and what it
+/// says is then needed too ("then also K = V and K = V").
+std::vector<std::string> proposed_settings(const std::string& message) {
+  std::vector<std::string> settings;
+  const auto collect = [&](const std::string& text, const char* pattern) {
+    const std::regex setting(pattern);
+    for (auto it = std::sregex_iterator(text.begin(), text.end(), setting);
+         it != std::sregex_iterator(); ++it) {
+      settings.push_back((*it)[1].str() + "=" + (*it)[2].str());
+    }
+  };
+  const std::string first = message.substr(message.find("; set ") + 2);
+  const std::size_t also = first.find("then also ");
+  collect(first.substr(0, std::min(first.find(", or set"), also)),
+          "(?:set|and) (\\S+) to (\\S+?)(?=,|;|$| and| if)");
+  if (also != std::string::npos) {
+    collect(first.substr(also), "(?:also|and) (\\S+) = (\\S+?)(?=,|$| and| if)");
+  }
+  return settings;
+}
+
+// One message names a combination that would do, however many rules are broken.
+TEST(RunConfig, ARefusalNamesAWholeCombinationThatWouldDo) {
+  const Rng rng(2, "combinations", "");
+  std::uint64_t number = 0;
+  int refused = 0;
+  for (int i = 0; i < 1000 && !::testing::Test::HasFailure(); ++i) {
+    Config config;
+    for (const auto& choices : setting_choices()) {
+      const auto draw = static_cast<std::size_t>(rng.uniform(0, number++) * 2.5 *
+                                                 static_cast<double>(choices.size()));
+      if (draw < choices.size()) apply_set(config, choices[draw]);
+    }
+    const std::string message = usage_error([&] { validate(config); });
+    if (message.empty()) continue;
+    ++refused;
+    Config changed = config;
+    for (const std::string& setting : proposed_settings(message)) apply_set(changed, setting);
+    EXPECT_EQ(usage_error([&] { validate(changed); }), "") << message;
+  }
+  EXPECT_GT(refused, 100);
+}
+
 // The same for a layer of its own: what the message names is that row's key.
 TEST(RunConfig, RemediesOfAnOverrideNameItsKeys) {
   Config config;
@@ -342,23 +385,15 @@ TEST(RunConfig, RemediesOfAnOverrideNameItsKeys) {
         "routing.override.1.topk=1", "routing.override.1.n_group=2"}) {
     apply_set(config, assignment);
   }
-  std::set<std::string> seen;
-  for (std::string message; !(message = usage_error([&] { validate(config); })).empty();) {
-    ASSERT_TRUE(seen.insert(message).second) << "comes again: " << message;
-    EXPECT_TRUE(message.starts_with("in layer 1: ")) << message;
-    // The first remedy, as it stands there.
-    std::smatch found;
-    const std::regex setting("(?:set|and) (\\S+) to (\\S+?)(?:,|$| and| if)");
-    const std::string first = message.substr(message.find("; set ") + 2);
-    const std::string remedy = first.substr(0, first.find(", or set"));
-    auto it = std::sregex_iterator(remedy.begin(), remedy.end(), setting);
-    ASSERT_NE(it, std::sregex_iterator()) << remedy;
-    for (; it != std::sregex_iterator(); ++it) {
-      EXPECT_TRUE((*it)[1].str().starts_with("routing.override.1.")) << message;
-      apply_set(config, (*it)[1].str() + "=" + (*it)[2].str());
-    }
+  const std::string message = usage_error([&] { validate(config); });
+  EXPECT_TRUE(message.starts_with("in layer 1: ")) << message;
+  const std::vector<std::string> settings = proposed_settings(message);
+  EXPECT_GE(settings.size(), 3U) << message;  // groups, the aux loss, renormalized top-1
+  for (const std::string& setting : settings) {
+    EXPECT_TRUE(setting.starts_with("routing.override.1.")) << message;
+    apply_set(config, setting);
   }
-  EXPECT_EQ(seen.size(), 3);  // groups, the aux loss, renormalized top-1
+  EXPECT_EQ(usage_error([&] { validate(config); }), "");
   EXPECT_EQ(config.routing.aux_loss, 0.02);
 }
 
@@ -376,6 +411,10 @@ TEST(RunConfig, KeysWithoutEffectAreNamed) {
   EXPECT_EQ(lines_of({"routing.stream=threshold", "routing.stream_theta=0.3"}), Lines());
   EXPECT_EQ(lines_of({"routing.aux_loss=0", "routing.aux_scope=global"}),
             Lines{"routing.aux_scope = \"global\" has no effect without aux_loss"});
+  // Where every token goes to every expert there is nothing to balance.
+  EXPECT_EQ(lines_of({"model.num_experts=2", "routing.aux_loss=0.5"}),
+            Lines{"routing.aux_loss = 0.5 has no effect without topk < num_experts"});
+  EXPECT_EQ(lines_of({"routing.aux_loss=0.5"}), Lines());
   // A layer that an override names may be the one that uses the key of all.
   EXPECT_EQ(lines_of({"routing.min_capacity=4", "routing.override.0.layers=1",
                       "routing.override.0.capacity_factor=1"}),
