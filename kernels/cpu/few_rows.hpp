@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 
@@ -23,5 +24,21 @@ template <class T>
 void few_rows_product(Acc<T>* y, std::int64_t y_stride, const T* x, std::int64_t x_stride,
                       std::int64_t rows, const T* w, std::int64_t w_stride, std::int64_t cols,
                       std::int64_t in);
+
+/// Calls fn(row, sums) with the cols <= kFewRowsCols products of every row of x by rows of w, which
+/// are dense.
+template <class T, class Fn>
+void for_few_rows(const T* x, std::int64_t x_stride, std::int64_t rows, const T* w,
+                  std::int64_t cols, std::int64_t in, Fn&& fn) {
+  FewRowsSums<Acc<T>> sums;
+  for (std::int64_t row = 0; row < rows; row += kFewRowsGroup) {
+    const std::int64_t count = std::min(kFewRowsGroup, rows - row);
+    few_rows_product<T>(sums.data(), kFewRowsCols, x + row * x_stride, x_stride, count, w, in, cols,
+                        in);
+    for (std::int64_t r = 0; r < count; ++r) {
+      fn(row + r, static_cast<const Acc<T>*>(sums.data()) + r * kFewRowsCols);
+    }
+  }
+}
 
 }  // namespace arcus::cpu

@@ -284,17 +284,11 @@ void few_rows_down(const FfnForward& args, const Segment& segment, std::int64_t 
                    std::int64_t cols) {
   const std::int64_t width = args.shape.ff_size;
   const T* down = expert_weight<T>(args.weights.down, args.weights, segment) + begin * width;
-  FewRowsSums<Acc<T>> sums;
-  for (std::int64_t row = 0; row < segment.rows; row += kFewRowsGroup) {
-    const std::int64_t rows = std::min(kFewRowsGroup, segment.rows - row);
-    few_rows_product<T>(sums.data(), kFewRowsCols, args.act.row<T>(segment.padded_begin + row),
-                        args.act.stride, rows, down, width, cols, width);
-    for (std::int64_t r = 0; r < rows; ++r) {
-      T* y = args.y.row<T>(segment.row_begin + row + r) + begin;
-      for (std::int64_t c = 0; c < cols; ++c)
-        store(y[c], sums[static_cast<std::size_t>(r * kFewRowsCols + c)]);
-    }
-  }
+  for_few_rows(args.act.row<T>(segment.padded_begin), args.act.stride, segment.rows, down, cols,
+               width, [&](std::int64_t row, const Acc<T>* sums) {
+                 T* y = args.y.row<T>(segment.row_begin + row) + begin;
+                 for (std::int64_t c = 0; c < cols; ++c) store(y[c], sums[c]);
+               });
 }
 
 template <class T>

@@ -113,20 +113,13 @@ namespace {
 template <class T, class Y>
 void linear_few_rows_block(const Linear& args, std::int64_t begin, std::int64_t cols) {
   using A = Acc<T>;
-  const std::int64_t in = args.weight.cols;
-  FewRowsSums<A> sums;
-  for (std::int64_t row = 0; row < args.x.rows; row += kFewRowsGroup) {
-    const std::int64_t rows = std::min(kFewRowsGroup, args.x.rows - row);
-    few_rows_product<T>(sums.data(), kFewRowsCols, args.x.row<T>(row), args.x.stride, rows,
-                        args.weight.row<T>(begin), in, cols, in);
-    for (std::int64_t r = 0; r < rows; ++r) {
-      Y* y = args.y.row<Y>(row + r) + begin;
-      for (std::int64_t c = 0; c < cols; ++c) {
-        const A bias = args.bias.empty() ? A(0) : args.bias.as<A>()[begin + c];
-        store(y[c], sums[static_cast<std::size_t>(r * kFewRowsCols + c)] + bias);
-      }
-    }
-  }
+  for_few_rows(args.x.as<T>(), args.x.stride, args.x.rows, args.weight.row<T>(begin), cols,
+               args.weight.cols, [&](std::int64_t row, const A* sums) {
+                 Y* y = args.y.row<Y>(row) + begin;
+                 for (std::int64_t c = 0; c < cols; ++c) {
+                   store(y[c], sums[c] + (args.bias.empty() ? A(0) : args.bias.as<A>()[begin + c]));
+                 }
+               });
 }
 
 void linear_few_rows(Stream& stream, const Linear& args) {
