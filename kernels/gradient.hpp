@@ -31,6 +31,10 @@ struct GradientSum {
   float limit = 0;           ///< i64: |leaf| above it, or not finite, raises the flag
   std::int64_t tensor_idx = 0;
   BadLeafFlag* flag = nullptr;
+  /// Not null: 1 while the memory holds what an earlier step left, so that the first leaf is stored
+  /// instead of added. Only ops whose leaves cover the whole tensor take it (linear_wgrad,
+  /// ffn_wgrad: one mark a tensor, `tensor_idx` apart); they set it to 0.
+  std::uint8_t* stale = nullptr;
 
   /// The same tensor from element `offset` on.
   GradientSum at(std::int64_t offset) const {
@@ -57,23 +61,23 @@ struct ElementRange {
   std::int64_t begin = 0, count = 0;
 };
 
-/// In every block: gradient = sum as f32 (f64 for f64), q to g by one rounding and an exact
-/// product; then sum = 0, for the next step. sums_of_squares[b] of the gradient of blocks[b], as 8
-/// interleaved f64 sums (a block's element i to sum i mod 8), added 0..7: it depends on the block's
-/// elements alone, not on its place or neighbours. One pass over the memory.
-struct FinishGradient {
-  TensorView gradient;                   ///< [1, n] f32 | f64
-  TensorView sum;                        ///< [1, n] i64 | f32 | f64, cleared
+/// sums_of_squares[b] of the gradient of blocks[b], as 8 interleaved f64 sums (a block's element i
+/// to sum i mod 8), added 0..7: it depends on the block's elements alone, not on its place or
+/// neighbours. The gradient is the sum as f32 (f64 for f64): q to g by one rounding and an exact
+/// product.
+struct GradientSquares {
+  ConstTensorView sum;                   ///< [1, n] i64 | f32 | f64
   TensorView sums_of_squares;            ///< [1, B] f64
-  std::span<const ElementRange> blocks;  ///< [B], inside gradient and sum
+  std::span<const ElementRange> blocks;  ///< [B], inside sum
 };
-ARCUS_DECLARE_OP(finish_gradient, FinishGradient)
+ARCUS_DECLARE_OP(gradient_squares, GradientSquares)
 
-/// AdamW [1711.05101] on n elements in place. g is multiplied by clip_factor first.
+/// AdamW [1711.05101] on n elements in place. g, from its sum as above, is multiplied by clip_factor
+/// first.
 struct AdamW {
   TensorView master;         ///< [1, n] f32 | f64
   TensorView m, v;           ///< [1, n], master's type
-  ConstTensorView gradient;  ///< [1, n], master's type
+  ConstTensorView sum;       ///< [1, n] i64 (f32 master) | master's type
   TensorView compute;        ///< [1, n] bf16 copy to write, or empty
   double clip_factor = 1;
   double lr = 0, beta1 = 0, beta2 = 0, eps = 0, weight_decay = 0;

@@ -75,7 +75,7 @@ constexpr Named kNamed[] = {
     {"dispatch", Family::gate},
     {"combine", Family::gate},
     {"adamw", Family::optimizer},
-    {"finish_gradient", Family::optimizer},
+    {"gradient_squares", Family::optimizer},
     {"gradient norm", Family::optimizer},
     {"data", Family::data},
     {"reduction", Family::reduction},

@@ -28,7 +28,7 @@ struct MovedBytes {
   double weights = 0;      ///< read forward and backward, once per micro-batch
   double sums = 0;         ///< gradients read and written once per micro-batch
   double activations = 0;  ///< written and read once per micro-batch
-  double optimizer = 0;    ///< its state, sums and weights read and written, once per step
+  double optimizer = 0;    ///< its state and weights read and written, sums read twice, per step
   double sum() const { return weights + sums + activations + optimizer; }
 };
 
@@ -39,11 +39,11 @@ MovedBytes bytes_per_step(ModelInstance& instance, const Trainer& trainer) {
   for (const ByteRow& row : instance.byte_rows()) {
     const double bytes = 2 * rounds * static_cast<double>(row.balanced);
     if (row.purpose == "parameters") moved.weights = bytes;
-    if (row.purpose == "gradient sums") moved.sums = bytes;
+    if (row.purpose == "gradient sums") moved.sums = bytes - static_cast<double>(row.balanced);
     if (row.purpose == "saved activations") moved.activations = bytes;
   }
-  moved.optimizer =
-      2 * static_cast<double>(trainer.optimizer_bytes()) + (moved.weights + moved.sums) / rounds;
+  moved.optimizer = 2 * static_cast<double>(trainer.optimizer_bytes()) + moved.weights / rounds +
+                    2 * moved.sums / (2 * rounds - 1);
   return moved;
 }
 

@@ -412,12 +412,20 @@ std::span<const WgradTask> make_wgrad_tasks(Stream& stream, const FfnWgrad& args
 GradientSum expert_sum(const FfnWgrad& args, Projection projection, std::int64_t expert) {
   GradientSum sum = sum_of(args, projection).at(expert * args.expert_stride);
   sum.tensor_idx += expert * args.tensor_idx_stride;
+  if (sum.stale != nullptr) sum.stale += expert * args.tensor_idx_stride;
   return sum;
+}
+
+/// How the first leaf of a task is written; `alone`: no other follows.
+LeafWrite first_write(const GradientSum& sum, bool alone) {
+  if (sum.stale == nullptr || *sum.stale == 0) return LeafWrite::add;
+  return alone ? LeafWrite::stream : LeafWrite::store;
 }
 
 template <class T>
 void run_wgrad_task(Stream& stream, int thread, const FfnWgrad& args, const WgradTask& task) {
   const std::int64_t width = args.shape.ff_size;
+  bool first = true;
   for (std::int32_t i = task.first_segment; i < task.end_segment; ++i) {
     const Segment& segment = args.segments[static_cast<std::size_t>(i)];
     if (segment.rows == 0) continue;
@@ -428,6 +436,8 @@ void run_wgrad_task(Stream& stream, int thread, const FfnWgrad& args, const Wgra
                    .rows = segment.rows,
                    .compute = dtype_of<T>(),
                    .micro_batch = segment.micro_batch};
+    if (first) tile.write = first_write(tile.dweight, task.end_segment - task.first_segment == 1);
+    first = false;
     if (task.projection == Projection::down) {
       tile.dy = args.dy.row<T>(segment.padded_begin);
       tile.dy_stride = args.dy.stride;
@@ -444,6 +454,17 @@ void run_wgrad_task(Stream& stream, int thread, const FfnWgrad& args, const Wgra
   }
 }
 
+/// What got a leaf holds this step's sum from now on.
+void mark_written(const FfnWgrad& args) {
+  for (const Segment& segment : args.segments) {
+    if (segment.rows == 0) continue;
+    for (const Projection projection : {Projection::gate, Projection::up, Projection::down}) {
+      if (sum_of(args, projection).stale == nullptr) continue;
+      *expert_sum(args, projection, segment.local_expert_idx).stale = 0;
+    }
+  }
+}
+
 }  // namespace
 
 void ffn_wgrad(Stream& stream, const FfnWgrad& args) {
@@ -454,6 +475,7 @@ void ffn_wgrad(Stream& stream, const FfnWgrad& args) {
       run_wgrad_task<T>(stream, thread, args, tasks[static_cast<std::size_t>(task)]);
     });
   });
+  mark_written(args);
 }
 
 }  // namespace cpu

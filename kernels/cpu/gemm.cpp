@@ -179,8 +179,8 @@ void run_wgrad_tile(Context& context, int thread, const WgradTile& tile) {
   const GradientSum target = tile.dweight.at(tile.begin * tile.in);
   // Plain sums take the product as it comes; only integer sums need the leaf by itself.
   const bool plain = target.dtype == accumulate_dtype(tile.compute);
-  const GemmKey key =
-      wgrad_key(tile.compute, tile.tile_rows, tile.in, tile.rows, tile.x_stride, plain);
+  const GemmKey key = wgrad_key(tile.compute, tile.tile_rows, tile.in, tile.rows, tile.x_stride,
+                                plain && tile.write == LeafWrite::add);
   if (plain) return run_gemm(context, thread, key, operand, tile.x, target.sum);
   ARCUS_CHECK(target.dtype == DType::i64 && tile.compute != DType::f64,
               "no gradient sums of {} for {} products", name_of(target.dtype),
@@ -190,7 +190,8 @@ void run_wgrad_tile(Context& context, int thread, const WgradTile& tile) {
   run_gemm(context, thread, key, operand, tile.x, leaf);
   const ThreadTimer timer(context.profile() == nullptr ? nullptr
                                                        : &context.profile()->work(thread).sums);
-  add_leaf_rows(target, tile.in, leaf, tile.in, tile.tile_rows, tile.in, tile.micro_batch);
+  add_leaf_rows(target, tile.in, leaf, tile.in, tile.tile_rows, tile.in, tile.micro_batch,
+                tile.write);
 }
 
 void linear_wgrad(Stream& stream, const LinearWgrad& args) {
@@ -201,6 +202,8 @@ void linear_wgrad(Stream& stream, const LinearWgrad& args) {
               args.x.rows, in, name_of(args.x.dtype));
   if (args.x.rows == 0) return;
   const std::int64_t height = linear_wgrad_tile_rows(out, in);
+  std::uint8_t* stale = args.dweight.stale;
+  const LeafWrite write = stale != nullptr && *stale != 0 ? LeafWrite::stream : LeafWrite::add;
   parallel_tasks(stream, (out + height - 1) / height, [&](std::int64_t tile, int thread) {
     const std::int64_t begin = tile * height;
     run_wgrad_tile(stream.cpu(), thread,
@@ -214,8 +217,10 @@ void linear_wgrad(Stream& stream, const LinearWgrad& args) {
                     .x_stride = args.x.stride,
                     .rows = args.x.rows,
                     .compute = args.x.dtype,
-                    .micro_batch = args.micro_batch});
+                    .micro_batch = args.micro_batch,
+                    .write = write});
   });
+  if (stale != nullptr) *stale = 0;
 }
 
 namespace {

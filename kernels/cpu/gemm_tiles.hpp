@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "kernels/cpu/gemm_cache.hpp"
+#include "kernels/cpu/leaf.hpp"
 #include "kernels/gemm.hpp"
 
 namespace arcus::cpu {
@@ -14,8 +15,8 @@ GemmKey forward_key(DType compute, DType result, std::int64_t out, std::int64_t 
 GemmKey dgrad_key(DType compute, DType result, std::int64_t out, std::int64_t in,
                   std::int64_t dy_stride, std::int64_t dx_stride, bool accumulate);
 
-/// One tile of a weight gradient: dweight[begin, begin + tile_rows) gains the leaf of `rows` rows
-/// of dy and x.
+/// One tile of a weight gradient: dweight[begin, begin + tile_rows) gains (or becomes) the leaf of
+/// `rows` rows of dy and x.
 struct WgradTile {
   GradientSum dweight;     ///< of the whole tensor [out, in]
   std::int64_t begin = 0;  ///< first row of dW
@@ -28,7 +29,9 @@ struct WgradTile {
   std::int64_t rows = 0;
   DType compute = DType::f32;
   std::int64_t micro_batch = 0;
+  LeafWrite write = LeafWrite::add;
 };
+/// Marks of `dweight` are the caller's: set when all tiles are done.
 void run_wgrad_tile(Context& context, int thread, const WgradTile& tile);
 /// Scratch that run_wgrad_tile takes from Context::scratch.
 std::int64_t wgrad_scratch_bytes(DType compute, std::int64_t in, std::int64_t rows);

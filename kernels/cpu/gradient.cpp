@@ -51,69 +51,115 @@ std::int64_t wrapping_add(std::int64_t a, std::int64_t b) {
 
 }  // namespace
 
-bool add_quantized_portable(std::int64_t* sum, const float* leaf, std::int64_t count, float limit) {
+bool add_quantized_portable(std::int64_t* sum, const float* leaf, std::int64_t count, float limit,
+                            LeafWrite write) {
   std::uint32_t largest = 0;
   for (std::int64_t i = 0; i < count; ++i) {
     // Magnitudes order like their bits; a NaN's exceed those of infinity.
     largest = std::max(largest, std::bit_cast<std::uint32_t>(leaf[i]) & kAbsBits);
-    sum[i] = wrapping_add(sum[i], to_int64(leaf[i] * kLeafScale));
+    sum[i] = wrapping_add(write == LeafWrite::add ? sum[i] : 0, to_int64(leaf[i] * kLeafScale));
   }
   return largest <= std::bit_cast<std::uint32_t>(limit);
 }
 
 #ifdef __AVX512DQ__
-bool add_quantized(std::int64_t* sum, const float* leaf, std::int64_t count, float limit) {
-  constexpr std::int64_t kLanes = 8;
+namespace {
+
+constexpr std::int64_t kLanes = 8;
+
+/// The largest |leaf| (as bits, by lane) of whole vectors.
+template <LeafWrite kWrite>
+__m256i quantize_lanes(std::int64_t* sum, const float* leaf, std::int64_t count) {
   const __m256 scale = _mm256_set1_ps(kLeafScale);
   const __m256i abs_mask = _mm256_set1_epi32(static_cast<int>(kAbsBits));
   __m256i largest = _mm256_setzero_si256();
-  std::int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
+  for (std::int64_t i = 0; i < count; i += kLanes) {
     const __m256 value = _mm256_loadu_ps(leaf + i);
     largest = _mm256_max_epu32(largest, _mm256_and_si256(_mm256_castps_si256(value), abs_mask));
     const __m512i quantized = _mm512_cvtps_epi64(_mm256_mul_ps(value, scale));
-    _mm512_storeu_si512(sum + i, _mm512_add_epi64(_mm512_loadu_si512(sum + i), quantized));
+    if constexpr (kWrite == LeafWrite::add) {
+      _mm512_storeu_si512(sum + i, _mm512_add_epi64(_mm512_loadu_si512(sum + i), quantized));
+    } else if constexpr (kWrite == LeafWrite::store) {
+      _mm512_storeu_si512(sum + i, quantized);
+    } else {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(sum + i), quantized);
+    }
+  }
+  return largest;
+}
+
+bool on_cache_line(const void* address) {
+  return reinterpret_cast<std::uintptr_t>(address) % sizeof(__m512i) == 0;
+}
+
+}  // namespace
+
+bool add_quantized(std::int64_t* sum, const float* leaf, std::int64_t count, float limit,
+                   LeafWrite write) {
+  const std::int64_t whole = count / kLanes * kLanes;
+  __m256i largest;
+  if (write == LeafWrite::add) {
+    largest = quantize_lanes<LeafWrite::add>(sum, leaf, whole);
+  } else if (write == LeafWrite::stream && on_cache_line(sum)) {
+    largest = quantize_lanes<LeafWrite::stream>(sum, leaf, whole);
+  } else {
+    largest = quantize_lanes<LeafWrite::store>(sum, leaf, whole);
   }
   alignas(32) std::array<std::uint32_t, kLanes> lanes;
   _mm256_store_si256(reinterpret_cast<__m256i*>(lanes.data()), largest);
   const std::uint32_t limit_bits = std::bit_cast<std::uint32_t>(limit);
-  bool good = add_quantized_portable(sum + i, leaf + i, count - i, limit);
+  bool good = add_quantized_portable(sum + whole, leaf + whole, count - whole, limit, write);
   for (const std::uint32_t lane : lanes) good = good && lane <= limit_bits;
   return good;
 }
 #else
-bool add_quantized(std::int64_t* sum, const float* leaf, std::int64_t count, float limit) {
-  return add_quantized_portable(sum, leaf, count, limit);
+bool add_quantized(std::int64_t* sum, const float* leaf, std::int64_t count, float limit,
+                   LeafWrite write) {
+  return add_quantized_portable(sum, leaf, count, limit, write);
 }
 #endif
+
+namespace {
+
+/// Streamed stores are visible to other threads only after this.
+void finish_streamed_stores() {
+#ifdef __AVX512DQ__
+  _mm_sfence();
+#endif
+}
+
+}  // namespace
 
 template <class A>
 void add_leaf_rows(const GradientSum& target, std::int64_t target_stride, const A* leaf,
                    std::int64_t leaf_stride, std::int64_t rows, std::int64_t cols,
-                   std::int64_t micro_batch) {
+                   std::int64_t micro_batch, LeafWrite write) {
   bool good = true;
   for (std::int64_t row = 0; row < rows; ++row) {
     const A* from = leaf + row * leaf_stride;
     if constexpr (std::is_same_v<A, float>) {
       if (target.dtype == DType::i64) {
         auto* to = static_cast<std::int64_t*>(target.sum) + row * target_stride;
-        good &= add_quantized(to, from, cols, target.limit);
+        good &= add_quantized(to, from, cols, target.limit, write);
         continue;
       }
     }
     ARCUS_CHECK(target.dtype == dtype_of<A>(), "a leaf of {} for a sum of {}",
                 name_of(dtype_of<A>()), name_of(target.dtype));
     A* to = static_cast<A*>(target.sum) + row * target_stride;
-    for (std::int64_t i = 0; i < cols; ++i) to[i] += from[i];
+    for (std::int64_t i = 0; i < cols; ++i) {
+      to[i] = (write == LeafWrite::add ? to[i] : A(0)) + from[i];
+    }
   }
+  if (write == LeafWrite::stream) finish_streamed_stores();
   if (!good && target.flag != nullptr) {
     raise_bad_leaf(*target.flag, bad_leaf_key(target.tensor_idx, micro_batch));
   }
 }
 template void add_leaf_rows(const GradientSum&, std::int64_t, const float*, std::int64_t,
-                            std::int64_t, std::int64_t, std::int64_t);
+                            std::int64_t, std::int64_t, std::int64_t, LeafWrite);
 template void add_leaf_rows(const GradientSum&, std::int64_t, const double*, std::int64_t,
-                            std::int64_t, std::int64_t, std::int64_t);
+                            std::int64_t, std::int64_t, std::int64_t, LeafWrite);
 
 void add_leaf(Stream& stream, const AddLeaf& args) {
   dispatch_accumulate(args.leaf.dtype, [&]<class A>() {
@@ -130,61 +176,51 @@ void add_leaf(Stream& stream, const AddLeaf& args) {
 
 namespace {
 
-template <class A>
-void finish_range(A* gradient, const GradientSum& sum, std::int64_t count) {
-  if (sum.dtype == DType::i64) {
-    const auto* q = static_cast<const std::int64_t*>(sum.sum);
-    // One rounding (int64 to float), then an exact product; never through double.
-    for (std::int64_t i = 0; i < count; ++i) {
-      gradient[i] = static_cast<A>(static_cast<float>(q[i]) * (1.0F / kLeafScale));
-    }
-    return;
-  }
-  std::copy_n(static_cast<const A*>(sum.sum), count, gradient);
+/// One element of a gradient from its sum: one rounding (int64 to float), then an exact product;
+/// never through double.
+float gradient_of(std::int64_t sum) { return static_cast<float>(sum) * (1.0F / kLeafScale); }
+float gradient_of(float sum) { return sum; }
+double gradient_of(double sum) { return sum; }
+
+/// Calls fn.template operator()<S>() with the C++ type of a sum.
+template <class Fn>
+void dispatch_sum(DType dtype, Fn&& fn) {
+  if (dtype == DType::i64) return fn.template operator()<std::int64_t>();
+  dispatch_accumulate(dtype, fn);
 }
 
-template <class A>
-double sum_of_squares(const A* gradient, std::int64_t count) {
+template <class S>
+double sum_of_squares(const S* sum, std::int64_t count) {
   constexpr std::int64_t kSums = 8;
   std::array<double, kSums> sums{};
   std::int64_t i = 0;
   for (; i + kSums <= count; i += kSums) {
     for (std::int64_t lane = 0; lane < kSums; ++lane) {
-      const auto value = static_cast<double>(gradient[i + lane]);
+      const auto value = static_cast<double>(gradient_of(sum[i + lane]));
       sums[static_cast<std::size_t>(lane)] += value * value;
     }
   }
   for (std::size_t lane = 0; i < count; ++i, ++lane) {
-    const auto value = static_cast<double>(gradient[i]);
+    const auto value = static_cast<double>(gradient_of(sum[i]));
     sums[lane] += value * value;
   }
   double total = 0;
-  for (const double sum : sums) total += sum;
+  for (const double part : sums) total += part;
   return total;
 }
 
 }  // namespace
 
-void finish_gradient(Stream& stream, const FinishGradient& args) {
+void gradient_squares(Stream& stream, const GradientSquares& args) {
   const auto num_blocks = static_cast<std::int64_t>(args.blocks.size());
-  ARCUS_CHECK(args.sum.size() == args.gradient.size(), "sum of {} elements, gradient of {}",
-              args.sum.size(), args.gradient.size());
-  ARCUS_CHECK(args.sum.dtype == DType::i64 ? args.gradient.dtype == DType::f32
-                                           : args.sum.dtype == args.gradient.dtype,
-              "a sum of {} does not become a gradient of {}", name_of(args.sum.dtype),
-              name_of(args.gradient.dtype));
   ARCUS_CHECK(args.sums_of_squares.size() == num_blocks, "{} sums of squares of {} blocks",
               args.sums_of_squares.size(), num_blocks);
-  dispatch_accumulate(args.gradient.dtype, [&]<class A>() {
-    A* gradient = args.gradient.as<A>();
+  dispatch_sum(args.sum.dtype, [&]<class S>() {
+    const S* sum = args.sum.as<S>();
     auto* result = args.sums_of_squares.as<double>();
-    const GradientSum sum{.sum = args.sum.data, .dtype = args.sum.dtype};
     parallel_tasks(stream, num_blocks, [&](std::int64_t task, int) {
       const ElementRange& block = args.blocks[static_cast<std::size_t>(task)];
-      finish_range(gradient + block.begin, sum.at(block.begin), block.count);
-      std::memset(sum.at(block.begin).sum, 0,
-                  static_cast<std::size_t>(block.count) * size_of(args.sum.dtype));
-      result[task] = sum_of_squares(gradient + block.begin, block.count);
+      result[task] = sum_of_squares(sum + block.begin, block.count);
     });
   });
 }
@@ -217,38 +253,46 @@ struct AdamWStep {
   A clip, lr, beta1, beta2, rest1, rest2, eps, decay, correction1, correction2;
 };
 
-template <class A, bool kWithCopy>
+template <class A, class S, bool kWithCopy>
 void adamw_range(const AdamWStep<A> step, A* __restrict master, A* __restrict m, A* __restrict v,
-                 const A* __restrict gradient, bf16* __restrict compute, std::int64_t count) {
+                 const S* __restrict sum, bf16* __restrict compute, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) {
-    const A p = step(master[i], m[i], v[i], gradient[i]);
+    const A p = step(master[i], m[i], v[i], gradient_of(sum[i]));
     master[i] = p;
     if constexpr (kWithCopy) compute[i] = bf16(static_cast<float>(p));
   }
 }
 
+template <class A, class S>
+void adamw_of_sums(Stream& stream, const AdamW& args) {
+  const AdamWStep<A> step(args);
+  A* master = args.master.as<A>();
+  A* m = args.m.as<A>();
+  A* v = args.v.as<A>();
+  const S* sum = args.sum.as<S>();
+  bf16* compute = args.compute.empty() ? nullptr : args.compute.as<bf16>();
+  parallel_rows(stream, args.master.size(), kGrain, [&](std::int64_t begin, std::int64_t end, int) {
+    const std::int64_t count = end - begin;
+    if (compute == nullptr) {
+      adamw_range<A, S, false>(step, master + begin, m + begin, v + begin, sum + begin, nullptr,
+                               count);
+    } else {
+      adamw_range<A, S, true>(step, master + begin, m + begin, v + begin, sum + begin,
+                              compute + begin, count);
+    }
+  });
+}
+
 }  // namespace
 
 void adamw(Stream& stream, const AdamW& args) {
-  dispatch_accumulate(args.master.dtype, [&]<class A>() {
-    const AdamWStep<A> step(args);
-    A* master = args.master.as<A>();
-    A* m = args.m.as<A>();
-    A* v = args.v.as<A>();
-    const A* gradient = args.gradient.as<A>();
-    bf16* compute = args.compute.empty() ? nullptr : args.compute.as<bf16>();
-    parallel_rows(stream, args.master.size(), kGrain,
-                  [&](std::int64_t begin, std::int64_t end, int) {
-                    const std::int64_t count = end - begin;
-                    if (compute == nullptr) {
-                      adamw_range<A, false>(step, master + begin, m + begin, v + begin,
-                                            gradient + begin, nullptr, count);
-                    } else {
-                      adamw_range<A, true>(step, master + begin, m + begin, v + begin,
-                                           gradient + begin, compute + begin, count);
-                    }
-                  });
-  });
+  ARCUS_CHECK(args.sum.size() == args.master.size(), "sum of {} elements, master weights of {}",
+              args.sum.size(), args.master.size());
+  const DType type = args.master.dtype;
+  ARCUS_CHECK(args.sum.dtype == type || (args.sum.dtype == DType::i64 && type == DType::f32),
+              "a sum of {} is no gradient of {} weights", name_of(args.sum.dtype), name_of(type));
+  if (args.sum.dtype == DType::i64) return adamw_of_sums<float, std::int64_t>(stream, args);
+  dispatch_accumulate(type, [&]<class A>() { adamw_of_sums<A, A>(stream, args); });
 }
 
 }  // namespace cpu

@@ -4,6 +4,8 @@
 #include <array>
 #include <cmath>
 
+#include "kernels/cpu/context.hpp"
+#include "kernels/cpu/leaf.hpp"
 #include "kernels/cpu/parallel.hpp"
 #include "kernels/cpu/rows.hpp"
 
@@ -12,8 +14,7 @@ namespace {
 
 constexpr std::int64_t kRowGrain = 16;
 constexpr std::int64_t kGainBlockRows = 64;  ///< part of the definition of a gain's leaf
-constexpr std::int64_t kGainStripe = 64;     ///< columns of one task
-constexpr std::int64_t kGainChunk = 4096;    ///< columns whose leaf stands on the stack
+constexpr std::int64_t kGainChunk = 1024;    ///< columns whose leaf stands on the stack
 
 std::int64_t heads_of(const ConstTensorView& x, const ConstTensorView& gain,
                       const ConstTensorView& inv_rms) {
@@ -59,48 +60,51 @@ void norm_backward_group(T* dx, const T* dy, const T* residual, const T* x, cons
   }
 }
 
-/// leaf[c] = sum over rows and heads of dy x_hat at column begin + c of the group, count <= stripe.
+/// sums[c] = sum over rows [first, end) and heads of dy x_hat at column c of the group.
 template <class T, class A = Acc<T>>
-void gain_leaf_stripe(const RmsNormBackward& args, std::int64_t begin, std::int64_t count,
-                      A* leaf) {
+void gain_block(const RmsNormBackward& args, std::int64_t first, std::int64_t end, double* sums) {
   const std::int64_t group = args.gain.cols;
   const std::int64_t heads = args.x.cols / group;
-  std::array<double, kGainStripe> total{};
-  for (std::int64_t first = 0; first < args.x.rows; first += kGainBlockRows) {
-    const std::int64_t end = std::min(args.x.rows, first + kGainBlockRows);
-    std::array<double, kGainStripe> block{};
-    for (std::int64_t t = first; t < end; ++t) {
-      for (std::int64_t h = 0; h < heads; ++h) {
-        const T* dy = args.dy.row<T>(t) + h * group + begin;
-        const T* x = args.x.row<T>(t) + h * group + begin;
-        const double inv_rms = args.inv_rms.row<A>(t)[h];
+  std::fill_n(sums, group, 0.0);
+  for (std::int64_t t = first; t < end; ++t) {
+    for (std::int64_t h = 0; h < heads; ++h) {
+      const T* dy = args.dy.row<T>(t) + h * group;
+      const T* x = args.x.row<T>(t) + h * group;
+      const double inv_rms = args.inv_rms.row<A>(t)[h];
 #pragma omp simd
-        for (std::int64_t c = 0; c < count; ++c) {
-          block[c] += static_cast<double>(dy[c]) * static_cast<double>(x[c]) * inv_rms;
-        }
+      for (std::int64_t c = 0; c < group; ++c) {
+        sums[c] += static_cast<double>(dy[c]) * static_cast<double>(x[c]) * inv_rms;
       }
     }
-    for (std::int64_t c = 0; c < count; ++c) total[c] += block[c];
   }
-  for (std::int64_t c = 0; c < count; ++c) leaf[c] = static_cast<A>(total[c]);
+}
+
+/// The leaf of the gain from its blocks' sums, [blocks, group]: blocks in order, rounded once.
+template <class A>
+void add_gain_leaf(const RmsNormBackward& args, const double* sums, std::int64_t blocks) {
+  const std::int64_t group = args.gain.cols;
+  for (std::int64_t begin = 0; begin < group; begin += kGainChunk) {
+    const std::int64_t cols = std::min(kGainChunk, group - begin);
+    std::array<double, kGainChunk> total{};
+    std::array<A, kGainChunk> leaf;
+    for (std::int64_t block = 0; block < blocks; ++block) {
+      const double* part = sums + block * group + begin;
+      for (std::int64_t c = 0; c < cols; ++c) total[static_cast<std::size_t>(c)] += part[c];
+    }
+    std::transform(total.begin(), total.begin() + cols, leaf.begin(),
+                   [](double value) { return static_cast<A>(value); });
+    add_leaf_rows(args.dgain.at(begin), cols, leaf.data(), cols, 1, cols, args.micro_batch);
+  }
 }
 
 template <class T, class A = Acc<T>>
-void add_gain_leaf(Stream& stream, const RmsNormBackward& args) {
+void norm_backward_row(const RmsNormBackward& args, std::int64_t t) {
   const std::int64_t group = args.gain.cols;
-  std::array<A, kGainChunk> leaf;
-  for (std::int64_t chunk = 0; chunk < group; chunk += kGainChunk) {
-    const std::int64_t cols = std::min(kGainChunk, group - chunk);
-    const std::int64_t stripes = (cols + kGainStripe - 1) / kGainStripe;
-    parallel_tasks(stream, stripes, [&](std::int64_t stripe, int) {
-      const std::int64_t begin = stripe * kGainStripe;
-      gain_leaf_stripe<T>(args, chunk + begin, std::min(kGainStripe, cols - begin),
-                          leaf.data() + begin);
-    });
-    cpu::add_leaf(stream, {.target = args.dgain.at(chunk),
-                           .target_stride = cols,
-                           .leaf = ConstTensorView(leaf.data(), dtype_of<A>(), 1, cols),
-                           .micro_batch = args.micro_batch});
+  const T* residual = args.residual.empty() ? nullptr : args.residual.row<T>(t);
+  for (std::int64_t at = 0; at < args.x.cols; at += group) {
+    norm_backward_group(args.dx.row<T>(t) + at, args.dy.row<T>(t) + at,
+                        residual == nullptr ? nullptr : residual + at, args.x.row<T>(t) + at,
+                        args.gain.as<A>(), args.inv_rms.row<A>(t)[at / group], group);
   }
 }
 
@@ -124,24 +128,22 @@ void rmsnorm_forward(Stream& stream, const RmsNormForward& args) {
 }
 
 void rmsnorm_backward(Stream& stream, const RmsNormBackward& args) {
-  const std::int64_t heads = heads_of(args.x, args.gain, args.inv_rms);
-  const std::int64_t group = args.gain.cols;
+  heads_of(args.x, args.gain, args.inv_rms);
   if (args.x.rows == 0) return;
+  const std::int64_t group = args.gain.cols;
+  const std::int64_t blocks = (args.x.rows + kGainBlockRows - 1) / kGainBlockRows;
+  const bool with_gain = args.dgain.sum != nullptr;
+  auto* sums = static_cast<double*>(
+      with_gain ? stream.cpu().op_scratch(blocks * group * std::int64_t{sizeof(double)}) : nullptr);
   dispatch_compute(args.x.dtype, [&]<class T>() {
-    using A = Acc<T>;
-    // First the gain: dx may stand where dy stands.
-    if (args.dgain.sum != nullptr) add_gain_leaf<T>(stream, args);
-    parallel_rows(stream, args.x.rows, kRowGrain, [&](std::int64_t begin, std::int64_t end, int) {
-      for (std::int64_t t = begin; t < end; ++t) {
-        const T* residual = args.residual.empty() ? nullptr : args.residual.row<T>(t);
-        for (std::int64_t h = 0; h < heads; ++h) {
-          const std::int64_t at = h * group;
-          norm_backward_group(args.dx.row<T>(t) + at, args.dy.row<T>(t) + at,
-                              residual == nullptr ? nullptr : residual + at, args.x.row<T>(t) + at,
-                              args.gain.as<A>(), args.inv_rms.row<A>(t)[h], group);
-        }
-      }
+    parallel_tasks(stream, blocks, [&](std::int64_t block, int) {
+      const std::int64_t first = block * kGainBlockRows;
+      const std::int64_t end = std::min(args.x.rows, first + kGainBlockRows);
+      // First the gain: dx may stand where dy stands.
+      if (with_gain) gain_block<T>(args, first, end, sums + block * group);
+      for (std::int64_t t = first; t < end; ++t) norm_backward_row<T>(args, t);
     });
+    if (with_gain) add_gain_leaf<Acc<T>>(args, sums, blocks);
   });
 }
 

@@ -7,13 +7,17 @@ namespace arcus {
 DenseFfn::DenseFfn(const std::string& prefix, std::int64_t hidden_size, std::int64_t ff_size,
                    double down_init_std, ParamRegistry& registry)
     : shape_{hidden_size, ff_size} {
-  gate_ = registry.add({.name = prefix + "gate_proj.weight", .shape = {ff_size, hidden_size}});
+  gate_ = registry.add({.name = prefix + "gate_proj.weight",
+                        .shape = {ff_size, hidden_size},
+                        .whole_leaves = true});
   up_ = registry.add({.name = prefix + "up_proj.weight",
                       .shape = {ff_size, hidden_size},
-                      .follows_previous = true});
+                      .follows_previous = true,
+                      .whole_leaves = true});
   down_ = registry.add({.name = prefix + "down_proj.weight",
                         .shape = {hidden_size, ff_size},
-                        .init_std = down_init_std});
+                        .init_std = down_init_std,
+                        .whole_leaves = true});
 }
 
 DenseFfn::Saved DenseFfn::allocate(Arena& arena, std::int64_t num_tokens, DType compute) const {

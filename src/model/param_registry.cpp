@@ -1,6 +1,7 @@
 #include "src/model/param_registry.hpp"
 
 #include <algorithm>
+#include <utility>
 
 #include "kernels/elementwise.hpp"
 #include "kernels/random.hpp"
@@ -111,6 +112,7 @@ ParamStore::ParamStore(const ParamRegistry& registry, DType compute, DType sum_d
       compute_(compute),
       sum_dtype_(sum_dtype),
       training_(training),
+      stale_(std::make_unique<std::uint8_t[]>(static_cast<std::size_t>(registry.num_units()))),
       bad_leaf_(std::make_unique<BadLeafFlag>(kNoBadLeaf)) {
   for (const FlatId flat : kFlatIds) {
     const std::int64_t n = registry.flat_size(flat);
@@ -138,10 +140,8 @@ GradientSum ParamStore::sums(ParamRef ref, std::int64_t local_expert) const {
   sum.sum = flat_sums(row.flat).col_range(row.offset + local_expert * row.expert_stride, 0).data;
   sum.dtype = sum_dtype_;
   sum.limit = leaf_limit(num_micro_batches_ * row.leaves_per_micro_batch);
-  sum.tensor_idx = row.first_unit_idx;
-  if (row.kind == ParamKind::expert) {
-    sum.tensor_idx += registry_->first_local_expert() + local_expert;
-  }
+  sum.tensor_idx = registry_->unit_idx(row, local_expert);
+  if (row.whole_leaves) sum.stale = &stale(row, local_expert);
   sum.flag = bad_leaf_.get();
   return sum;
 }
@@ -150,14 +150,43 @@ void ParamStore::set_num_micro_batches(std::int64_t num_micro_batches) {
   num_micro_batches_ = num_micro_batches;
 }
 
-void ParamStore::zero_sums(Stream& stream) {
-  for (const FlatId flat : kFlatIds) {
-    if (flat_sums(flat).data != nullptr && !sums_cleared_) {
-      fill_zero(stream, {.y = flat_sums(flat)});
-    }
+std::uint8_t& ParamStore::stale(const ParamRow& row, std::int64_t local_unit) const {
+  return stale_[static_cast<std::size_t>(registry_->unit_idx(row, local_unit))];
+}
+
+TensorView ParamStore::unit_sums(const ParamRow& row, std::int64_t local_unit) const {
+  return flat_sums(row.flat).col_range(row.offset + local_unit * row.expert_stride,
+                                       row.unit_elements());
+}
+
+template <class Fn>
+void ParamStore::for_each_trained_unit(Fn&& fn) const {
+  for (const ParamRow& row : registry_->rows()) {
+    if (!training_ || !row.trainable) continue;
+    const bool expert = row.kind == ParamKind::expert;
+    const std::int64_t units = expert ? registry_->num_local_experts() : 1;
+    for (std::int64_t unit = 0; unit < units; ++unit) fn(row, unit);
   }
-  sums_cleared_ = false;
+}
+
+void ParamStore::start_sums(Stream& stream) {
   bad_leaf_->store(kNoBadLeaf);
+  const bool new_memory = std::exchange(sums_are_new_, false);
+  for_each_trained_unit([&](const ParamRow& row, std::int64_t unit) {
+    if (row.whole_leaves) {
+      stale(row, unit) = 1;
+    } else if (!new_memory) {
+      fill_zero(stream, {.y = unit_sums(row, unit)});
+    }
+  });
+}
+
+void ParamStore::complete_sums(Stream& stream) {
+  for_each_trained_unit([&](const ParamRow& row, std::int64_t unit) {
+    if (!row.whole_leaves || stale(row, unit) == 0) return;
+    fill_zero(stream, {.y = unit_sums(row, unit)});
+    stale(row, unit) = 0;
+  });
 }
 
 std::int64_t ParamStore::value_bytes() const {

@@ -33,6 +33,7 @@ struct ParamRow {
   double init_std = 0.02;
   bool follows_previous = false;            ///< no gap before it: one view spans both (q, k, v)
   std::int64_t leaves_per_micro_batch = 1;  ///< most leaves a micro-batch may add
+  bool whole_leaves = false;                ///< every leaf covers a whole unit (GradientSum::stale)
   std::int64_t active_units = 1;            ///< units that one token passes through
   // Set from [[train.group]]:
   double lr_scale = 1;
@@ -102,6 +103,11 @@ class ParamRegistry {
   }
   std::int64_t first_local_expert() const { return first_local_expert_; }
   std::int64_t num_local_experts() const { return num_local_experts_; }
+  /// Registry index of a unit held on this rank: local expert, 0 for dense.
+  std::int64_t unit_idx(const ParamRow& row, std::int64_t local_unit) const {
+    return row.first_unit_idx +
+           (row.kind == ParamKind::expert ? first_local_expert_ + local_unit : 0);
+  }
   /// Parameters of the whole model, and those that one token passes through.
   std::int64_t total_parameters() const;
   std::int64_t active_parameters() const;
@@ -136,19 +142,28 @@ class ParamStore {
   GradientSum sums(ParamRef ref, std::int64_t local_expert = 0) const;
   /// Limits of |leaf| for a step of `num_micro_batches`.
   void set_num_micro_batches(std::int64_t num_micro_batches);
-  /// The start of a step: all sums are zero, no leaf is bad.
-  void zero_sums(Stream& stream);
-  /// Who has read all sums has cleared them: the next zero_sums need not.
-  void set_sums_cleared() { sums_cleared_ = true; }
+  /// The start of a step: no leaf is bad, and sums are zero, or stale where leaves are whole units:
+  /// their first one is stored.
+  void start_sums(Stream& stream);
+  /// After a step's last leaf: units that got none become zero, so that all sums can be read.
+  void complete_sums(Stream& stream);
   BadLeafFlag& bad_leaf() const { return *bad_leaf_; }
   std::int64_t value_bytes() const;
   std::int64_t sum_bytes() const;
 
  private:
+  /// The mark of a unit whose leaves are whole.
+  std::uint8_t& stale(const ParamRow& row, std::int64_t local_unit) const;
+  TensorView unit_sums(const ParamRow& row, std::int64_t local_unit) const;
+  /// Calls fn(row, local unit) for every unit of a trainable tensor on this rank.
+  template <class Fn>
+  void for_each_trained_unit(Fn&& fn) const;
+
   const ParamRegistry* registry_;
   DType compute_, sum_dtype_;
   bool training_;
-  bool sums_cleared_ = false;
+  std::unique_ptr<std::uint8_t[]> stale_;  ///< by registry index of the unit
+  bool sums_are_new_ = true;               ///< and therefore zero
   std::int64_t num_micro_batches_ = 1;
   std::vector<Arena> values_, sums_;
   std::array<TensorView, 3> value_views_, sum_views_;

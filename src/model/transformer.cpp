@@ -43,7 +43,8 @@ Transformer::Transformer(const ModelConfig& model, const RoutingConfig& routing,
   if (!model.tie_embeddings) {
     head_ = registry.add({.name = "lm_head.weight",
                           .shape = {model.vocab_size, model.hidden_size},
-                          .leaves_per_micro_batch = chunks});
+                          .leaves_per_micro_batch = chunks,
+                          .whole_leaves = true});
   }
 }
 

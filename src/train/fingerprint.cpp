@@ -55,10 +55,12 @@ void hash_step(const InstanceOptions& options, int num_threads, StreamHash& hash
   MicroBatch batch = buffers.fill(ids, targets, 0);
   batch.loss_scale = 1.0 / static_cast<double>(ids.size());
   batch.weight = 1;
+  instance.params().start_sums(stream);
   MicroBatchStats stats = instance.transformer().make_stats();
   auto workspace = instance.transformer().make_workspace();
   PassContext ctx = instance.pass(batch, stats);
   instance.transformer().train(ctx, instance.params(), instance.dispatcher(), workspace, false);
+  instance.params().complete_sums(stream);
   const auto add = [&](const TensorView& view) {
     hash.update(view.data, static_cast<std::size_t>(view.size()) * size_of(view.dtype));
   };

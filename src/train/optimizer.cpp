@@ -26,7 +26,6 @@ Optimizer::Optimizer(ModelInstance& instance, const TrainConfig& config)
                       : allocate("master weights");
     flat.m = allocate("first moments");
     flat.v = allocate("second moments");
-    flat.gradient = allocate("gradients");
     for (const ParamBlock& block : instance.shards(id).owned(instance.group(id).rank())) {
       flat.blocks.push_back({block.begin - flat.begin, block.count});
     }
@@ -71,6 +70,7 @@ void Optimizer::plan_norm() {
 void Optimizer::reduce_gradients() {
   Stream& stream = instance_->stream();
   const Span span(stream, "reduction");
+  instance_->params().complete_sums(stream);
   instance_->world().meet(stream);
   const TensorView parts(norm_parts_.data(), DType::f64, 1, std::ssize(norm_parts_));
   std::int64_t position = norm_offsets_[static_cast<std::size_t>(instance_->world().rank())];
@@ -81,17 +81,11 @@ void Optimizer::reduce_gradients() {
     const FlatShards& shards = instance_->shards(flat.id);
     stream.wait(instance_->group(flat.id).reduce_scatter_v(
         stream, {.buffer = sums, .counts = shards.counts, .offsets = shards.offsets}));
-    finish_gradient(stream, {.gradient = flat.gradient,
-                             .sum = sums.col_range(flat.begin, flat.count),
-                             .sums_of_squares = parts.col_range(position, blocks),
-                             .blocks = flat.blocks});
-    // The parts of other ranks are done with too.
-    const std::int64_t end = flat.begin + flat.count;
-    fill_zero(stream, {.y = sums.col_range(0, flat.begin)});
-    fill_zero(stream, {.y = sums.col_range(end, sums.cols - end)});
+    gradient_squares(stream, {.sum = sums.col_range(flat.begin, flat.count),
+                              .sums_of_squares = parts.col_range(position, blocks),
+                              .blocks = flat.blocks});
     position += blocks;
   }
-  instance_->params().set_sums_cleared();
 }
 
 double Optimizer::gradient_norm() {
@@ -140,13 +134,14 @@ void Optimizer::apply(double lr, double clip_factor, std::int64_t update) {
   const double correction1 = 1 - std::pow(config_.beta1, static_cast<double>(update));
   const double correction2 = 1 - std::pow(config_.beta2, static_cast<double>(update));
   for (Flat& flat : flats_) {
+    const TensorView sums = instance_->params().flat_sums(flat.id);
     for_each_run(flat, [&](std::int64_t begin, std::int64_t count, const ParamRow& row) {
       if (!row.trainable) return;
       const std::int64_t at = begin - flat.begin;
       adamw(instance_->stream(), {.master = flat.master.col_range(at, count),
                                   .m = flat.m.col_range(at, count),
                                   .v = flat.v.col_range(at, count),
-                                  .gradient = flat.gradient.col_range(at, count),
+                                  .sum = sums.col_range(begin, count),
                                   .compute = compute_part(flat, begin, count),
                                   .clip_factor = clip_factor,
                                   .lr = lr * row.lr_scale,

@@ -14,7 +14,7 @@ class Optimizer {
  public:
   Optimizer(ModelInstance& instance, const TrainConfig& config);
 
-  /// Sums of all ranks to their owners, as gradients. Collective.
+  /// Sums of all ranks to their owners. Collective.
   void reduce_gradients();
   /// The norm over all parameters: blocks added in registry order, dense once, each expert once.
   /// Of what reduce_gradients left. Collective; the same bits on every rank.
@@ -34,8 +34,8 @@ class Optimizer {
   struct Flat {
     FlatId id;
     std::int64_t begin = 0, count = 0;  ///< elements owned by this rank
-    TensorView master, m, v, gradient;  ///< [1, count]
-    std::vector<ElementRange> blocks;   ///< owned ones, in `gradient`
+    TensorView master, m, v;           ///< [1, count]
+    std::vector<ElementRange> blocks;  ///< owned ones, from `begin` on
     std::vector<std::unique_ptr<Arena>> memory;
   };
   struct NormBlock {

@@ -249,7 +249,7 @@ const StepMetrics& Trainer::step(const BatchSampler& sampler, StepRequests& requ
   const std::int64_t sent_before = instance_->sent_bytes();
   const double comm_before = instance_->comm_seconds();
   start_metrics();
-  instance_->params().zero_sums(instance_->stream());
+  instance_->params().start_sums(instance_->stream());
   std::fill(counts_.begin(), counts_.end(), 0);
   for (std::int64_t round = 0; round < schedule_.rounds(); ++round) run_round(sampler, round);
 

@@ -182,7 +182,7 @@ void adamw_with_copy(benchmark::State& state) {
     adamw(stream, {.master = master,
                    .m = m,
                    .v = v,
-                   .gradient = g,
+                   .sum = g,
                    .compute = compute,
                    .lr = 1e-3,
                    .beta1 = 0.9,

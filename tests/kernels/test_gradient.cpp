@@ -66,6 +66,24 @@ TEST(AddLeaf, RoundsToNearestEvenOnEveryPath) {
   EXPECT_EQ(quantize_exactly(0x3p-51F), 2);
 }
 
+TEST(AddLeaf, IsStoredOrAddedOnEveryPath) {
+  const std::vector<float> leaf = special_values();
+  for (const std::int64_t offset : {0, 1, 8, 13}) {
+    for (const cpu::LeafWrite write : {cpu::LeafWrite::store, cpu::LeafWrite::stream}) {
+      const auto n = std::ssize(leaf) - offset;
+      std::vector<std::int64_t> fast(leaf.size(), 7), portable(leaf.size(), 7);
+      EXPECT_TRUE(cpu::add_quantized(fast.data() + offset, leaf.data(), n, 4096.0F, write));
+      EXPECT_TRUE(
+          cpu::add_quantized_portable(portable.data() + offset, leaf.data(), n, 4096.0F, write));
+      EXPECT_EQ(fast, portable);
+      for (std::int64_t i = 0; i < n; ++i) {
+        ASSERT_EQ(fast[static_cast<std::size_t>(offset + i)],
+                  quantize_exactly(leaf[static_cast<std::size_t>(i)]));
+      }
+    }
+  }
+}
+
 TEST(AddLeaf, SumsWrapModulo2To64) {
   const std::int64_t top = std::numeric_limits<std::int64_t>::max();
   std::vector<std::int64_t> sum(9, top);
@@ -166,7 +184,7 @@ TEST(AddLeaf, PlainSumsAddAsTheyCome) {
 }
 
 /// q * 2^-50 rounded once, from the bits of q.
-float finish_exactly(std::int64_t q) {
+float gradient_exactly(std::int64_t q) {
   const bool negative = q < 0;
   const std::uint64_t value =
       negative ? -static_cast<std::uint64_t>(q) : static_cast<std::uint64_t>(q);
@@ -181,17 +199,21 @@ float finish_exactly(std::int64_t q) {
   return negative ? -result : result;
 }
 
-/// All elements as one block.
-void finish(Stream& stream, TensorView gradient, TensorView sum) {
-  const ElementRange all{0, sum.size()};
-  double squares = 0;
-  finish_gradient(stream, {.gradient = gradient,
-                           .sum = sum,
-                           .sums_of_squares = {&squares, DType::f64, 1, 1},
-                           .blocks = {&all, 1}});
+/// The gradients that AdamW makes of sums: m = g where nothing else is left in it.
+template <class S, class A>
+std::vector<A> gradients_of(Stream& stream, std::vector<S> sums) {
+  const auto n = std::ssize(sums);
+  Matrix<A> master(1, n), m(1, n), v(1, n);
+  adamw(stream, {.master = master.view(),
+                 .m = m.view(),
+                 .v = v.view(),
+                 .sum = ConstTensorView(sums.data(), dtype_of<S>(), 1, n),
+                 .beta1 = 0,
+                 .eps = 1});
+  return m.values;
 }
 
-TEST(FinishGradient, RoundsOnce) {
+TEST(GradientOfSum, RoundsOnce) {
   std::vector<std::int64_t> q = {0,
                                  1,
                                  -1,
@@ -210,29 +232,29 @@ TEST(FinishGradient, RoundsOnce) {
     q.push_back((odd << 38) + (std::int64_t{1} << 37) + (i % 3) - 1);
   }
   Stream stream(2);
-  std::vector<float> gradient(q.size());
-  const auto n = std::ssize(q);
-  const std::vector<std::int64_t> sums = q;
-  finish(stream, {gradient.data(), DType::f32, 1, n}, {q.data(), DType::i64, 1, n});
-  EXPECT_EQ(q, std::vector<std::int64_t>(q.size())) << "sums are cleared for the next step";
-  q = sums;
+  const std::vector<float> gradient = gradients_of<std::int64_t, float>(stream, q);
   std::int64_t double_rounding_differs = 0;
   for (std::size_t i = 0; i < q.size(); ++i) {
-    ASSERT_EQ(gradient[i], finish_exactly(q[i])) << q[i];
+    ASSERT_EQ(gradient[i], gradient_exactly(q[i])) << q[i];
     double_rounding_differs +=
         gradient[i] != static_cast<float>(static_cast<double>(q[i]) * 0x1p-50);
+    // The norm takes the same gradient.
+    const ElementRange one{static_cast<std::int64_t>(i), 1};
+    double square = -1;
+    gradient_squares(stream,
+                     {.sum = ConstTensorView(q.data(), DType::i64, 1, std::ssize(q)),
+                      .sums_of_squares = {&square, DType::f64, 1, 1},
+                      .blocks = {&one, 1}});
+    ASSERT_EQ(square, std::pow(static_cast<double>(gradient[i]), 2)) << q[i];
   }
   EXPECT_GT(double_rounding_differs, 100) << "the cases do not tell one rounding from two";
 }
 
-TEST(FinishGradient, PlainSumsAreCopied) {
+TEST(GradientOfSum, PlainSumsAreTakenAsTheyAre) {
   Stream stream(1);
-  Matrix<double> sum(1, 33), gradient(1, 33);
+  Matrix<double> sum(1, 33);
   sum.randomize(1);
-  const auto values = sum.values;
-  finish(stream, gradient.view(), sum.view());
-  EXPECT_EQ(gradient.values, values);
-  EXPECT_EQ(sum.values, decltype(values)(values.size()));
+  EXPECT_EQ((gradients_of<double, double>(stream, sum.values)), sum.values);
 }
 
 /// Blocks of many sizes, one after the other with gaps between them.
@@ -251,11 +273,9 @@ std::vector<double> sums_of_squares(int threads, Matrix<A>& gradient,
                                     std::span<const ElementRange> blocks) {
   Stream stream(threads);
   std::vector<double> result(blocks.size(), -1);
-  Matrix<A> sum = gradient;
-  finish_gradient(stream, {.gradient = gradient.view(),
-                           .sum = sum.view(),
-                           .sums_of_squares = {result.data(), DType::f64, 1, std::ssize(result)},
-                           .blocks = blocks});
+  gradient_squares(stream, {.sum = gradient.view(),
+                            .sums_of_squares = {result.data(), DType::f64, 1, std::ssize(result)},
+                            .blocks = blocks});
   return result;
 }
 
@@ -306,7 +326,7 @@ struct AdamWState {
     return {.master = master.view(),
             .m = m.view(),
             .v = v.view(),
-            .gradient = gradient.view(),
+            .sum = gradient.view(),
             .compute = compute.view(),
             .clip_factor = 0.7,
             .lr = 3e-3,
@@ -358,7 +378,7 @@ TEST(AdamW, BitsDependNeitherOnPlaceNorThreads) {
     args.master = p.view().col_range(i, 1);
     args.m = m.view().col_range(i, 1);
     args.v = v.view().col_range(i, 1);
-    args.gradient = one.gradient.view().col_range(i, 1);
+    args.sum = one.gradient.view().col_range(i, 1);
     args.compute = {};
     adamw(stream, args);
     EXPECT_EQ(p.at(0, i), one.master.at(0, i));
@@ -372,7 +392,7 @@ TEST(AdamW, NoGradientStillDecays) {
   adamw(stream, {.master = p.view(),
                  .m = m.view(),
                  .v = v.view(),
-                 .gradient = g.view(),
+                 .sum = g.view(),
                  .lr = 0.5,
                  .beta1 = 0.9,
                  .beta2 = 0.95,

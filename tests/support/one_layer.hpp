@@ -45,9 +45,10 @@ class OneLayer {
     std::vector<float> losses(static_cast<std::size_t>(batch.num_tokens()));
     if (training) {
       auto workspace = instance_->transformer().make_workspace();
-      instance_->params().zero_sums(stream_);
+      instance_->params().start_sums(stream_);
       instance_->transformer().train(ctx, instance_->params(), instance_->dispatcher(), workspace,
                                      false);
+      instance_->params().complete_sums(stream_);
     } else {
       instance_->transformer().evaluate(ctx, instance_->params(), instance_->dispatcher(),
                                         {losses.data(), DType::f32, 1, batch.num_tokens()});
