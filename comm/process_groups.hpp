@@ -12,7 +12,8 @@ struct ParallelConfig {
   std::int64_t ep_size = 0;       ///< ranks that jointly hold one copy of all experts; 0 = "auto"
   std::string comm = "auto";      ///< "auto" | "nccl" | "mpi"
   std::string dispatch = "auto";  ///< how tokens reach experts: "auto" | "flat" | "shared"
-  std::int64_t threads = 0;  ///< CPU threads per rank; 0 = the node's cores shared by its ranks
+  std::int64_t threads = 0;   ///< CPU threads per rank; 0 = the node's cores shared by its ranks
+  std::string bind = "none";  ///< "cores": every thread keeps to a core of its own
 };
 
 /// Experts 0..num_experts-1 in blocks of consecutive ones over num_ranks ranks, sizes differing by

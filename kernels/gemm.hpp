@@ -107,6 +107,10 @@ struct PrimitiveReport {
 /// Builds whatever `shapes` need, for all threads of this stream; afterwards a missing primitive is
 /// built on the spot and counted (late_primitives).
 PrimitiveReport build_primitives(Stream& stream, std::span<const GemmShape> shapes);
+/// For runs that need not repeat their bits on another layout: where tiles have a fixed height
+/// (AMX), the last one of a product then gets only the zero rows that its kernel needs to be fast.
+/// To be called before build_primitives.
+void let_row_bits_differ(Stream& stream);
 /// Primitives built outside build_primitives since the stream was made; 0 in a well-planned run.
 std::int64_t late_primitives(Stream& stream);
 

@@ -17,6 +17,7 @@ enum Row {
   kExpertsBelow,
   kDenseAtPeak,
   kDenseBelow,
+  kTilePadding,
   kSums,
   kAttention,
   kElementwise,
@@ -150,7 +151,10 @@ class Accountant {
     const double products = work.gemm / threads_;
     const double ideal = (work.gemm_flops - work.padding_flops) / peak_gflops_ / 1e9;
     seconds_[at_peak] += ideal;
-    seconds_[below] += products - ideal;
+    const double padding =
+        work.gemm_flops > 0 ? products * work.padding_flops / work.gemm_flops : 0;
+    seconds_[kTilePadding] += padding;
+    seconds_[below] += products - ideal - padding;
     seconds_[kSums] += work.sums / threads_;
     seconds_[kElementwise] += (work.busy - work.gemm - work.sums) / threads_;
     seconds_[kIdle] += total.seconds - work.busy / threads_;
@@ -169,6 +173,7 @@ const std::array<const char*, StepAccount::kNumRows>& StepAccount::names() {
       "experts' products below it",
       "projections and head at the measured peak",
       "projections and head below it",
+      "zero rows that fill tiles of fixed height",
       "order-independent sums",
       "attention",
       "element-wise",

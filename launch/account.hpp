@@ -11,7 +11,7 @@ namespace arcus {
 
 /// Where the time of a training step goes on one rank: rows that add up to the step.
 struct StepAccount {
-  static constexpr std::size_t kNumRows = 16;
+  static constexpr std::size_t kNumRows = 17;
   static const std::array<const char*, kNumRows>& names();
   std::array<double, kNumRows> ms{};  ///< a step
   double step_ms = 0;

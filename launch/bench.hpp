@@ -18,6 +18,7 @@ struct BenchOptions {
   bool account = false;  ///< bench step: where the time of a step goes
   std::string trace;     ///< bench step: file that takes the spans of one step; empty = none
   std::string json;      ///< bench step: file that takes every figure; empty = none
+  bool overlap = false;  ///< bench dispatch: how much of an exchange hides behind computing
   double repeated = 0;   ///< bench step: share of the made-up tokens that are one and the same
 };
 

@@ -89,8 +89,11 @@ void add_bench_command(CLI::App& app, Action& action) {
   auto args = std::make_shared<Arguments>();
   add_benchmark(*bench, action, args, "gemm",
                 "Experts' matrix products against the machine's own peak", bench_gemm);
-  add_benchmark(*bench, action, args, "dispatch",
-                "Dispatch and combine against the MPI library's Alltoallv", bench_dispatch);
+  CLI::App* dispatch =
+      add_benchmark(*bench, action, args, "dispatch",
+                    "Dispatch and combine against the MPI library's Alltoallv", bench_dispatch);
+  dispatch->add_flag("--overlap", args->options.overlap,
+                     "also how much of an exchange hides behind the feed-forward of other rows");
   add_benchmark(*bench, action, args, "generate",
                 "New tokens with a KV cache against the memory's speed", bench_generate);
   CLI::App* step = add_benchmark(*bench, action, args, "step",

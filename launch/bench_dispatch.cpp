@@ -1,6 +1,8 @@
 #include <fmt/format.h>
+#include <sys/resource.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <functional>
 #include <numeric>
@@ -13,6 +15,7 @@
 #include "comm/token_dispatcher.hpp"
 #include "kernels/elementwise.hpp"
 #include "launch/bench.hpp"
+#include "launch/bench_experts.hpp"
 #include "src/base/error.hpp"
 #include "src/base/rng.hpp"
 
@@ -66,6 +69,23 @@ class Exchange {
     SlotRows slot_rows;
     stream.wait(dispatcher_->combine(stream, plan_, received(), {}, slot_rows));
     sum(slot_rows.rows.data());
+    dispatcher_->finish_combine();
+  }
+  /// Both ways without the weighted sum, `beside` meanwhile: polled between its tasks.
+  void dispatch_beside(const std::function<void()>& beside) {
+    Stream& stream = session_.stream();
+    const Event arrived = dispatcher_->dispatch(stream, plan_, tokens_, {}, received(), {});
+    stream.poll_between_tasks(arrived);
+    beside();
+    stream.wait(arrived);
+  }
+  void combine_beside(const std::function<void()>& beside) {
+    Stream& stream = session_.stream();
+    SlotRows slot_rows;
+    const Event returned = dispatcher_->combine(stream, plan_, received(), {}, slot_rows);
+    stream.poll_between_tasks(returned);
+    beside();
+    stream.wait(returned);
     dispatcher_->finish_combine();
   }
   /// The library's exchange of the same rows, there and back.
@@ -261,6 +281,60 @@ void print_node_bytes(Session& session, Exchange& flat, Exchange& rails) {
       all / 1024, unique / 1024, sent / 1024, 100 * (sent / unique - 1));
 }
 
+/// Seconds that the kernel worked for this process: what a transport costs beside waiting.
+double system_seconds() {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  return static_cast<double>(usage.ru_stime.tv_sec) +
+         1e-6 * static_cast<double>(usage.ru_stime.tv_usec);
+}
+
+/// How much of an exchange disappears behind the feed-forward of segments that are there already
+/// (more than half as long again as the exchange): 1 - (both together - feed-forward alone) /
+/// exchange alone.
+void bench_overlap(Session& session, const BenchOptions& options, Exchange& exchange,
+                   std::int64_t tokens) {
+  constexpr std::int64_t kRows = 64;  // a piece of a fifth of a millisecond or so between polls
+  const ModelConfig& model = options.config.model;
+  BenchedExperts experts(session.stream(), {model.hidden_size, model.expert_ff_size},
+                         dtype_from_name(options.config.train.dtype), 1, kRows);
+  struct Way {
+    const char* name;
+    std::function<void(const std::function<void()>&)> run;
+  };
+  const std::vector<Way> ways = {
+      {"dispatch", [&](const auto& beside) { exchange.dispatch_beside(beside); }},
+      {"combine", [&](const auto& beside) { exchange.combine_beside(beside); }}};
+  const auto nothing = [] {};
+  for (const Way& way : ways) {
+    const auto first = measure_in_turn(session, session.stream(), 5,
+                                       {[&] { way.run(nothing); }, [&] { experts.forward(); }});
+    const auto pieces = static_cast<std::int64_t>(
+        std::ceil(1.7 * first[0].median() / std::max(1e-3, first[1].median())));
+    const auto compute = [&] {
+      for (std::int64_t i = 0; i < pieces; ++i) experts.forward();
+    };
+    double system = 0;
+    const auto samples = measure_in_turn(session, session.stream(), options.repeats,
+                                         {[&] { way.run(nothing); }, compute,
+                                          [&] {
+                                            const double before = system_seconds();
+                                            way.run(compute);
+                                            system += system_seconds() - before;
+                                          }});
+    const double mean_system = 1e3 * sum_over_ranks(session, system) /
+                               static_cast<double>(session.comm().size() * (options.repeats + 2));
+    if (!session.is_root()) continue;
+    const double alone = samples[0].median();
+    const double beside = samples[1].median();
+    const double both = samples[2].median();
+    fmt::print(
+        "{:>6} {}: {:.2f} ms alone; feed-forward {:.2f} ms alone, {:.2f} with it: {:.0f} % hidden; "
+        "{:.2f} ms of kernel time a rank\n",
+        tokens, way.name, alone, beside, both, 100 * (1 - (both - beside) / alone), mean_system);
+  }
+}
+
 void bench_tokens(Session& session, const BenchOptions& options, std::int64_t tokens,
                   const NodeMap& nodes, DispatchPath path, bool can_share) {
   Exchange flat(session, options, tokens, nodes, /*shared=*/false);
@@ -299,6 +373,7 @@ void bench_tokens(Session& session, const BenchOptions& options, std::int64_t to
     print_line(tokens, lines[i], samples, i, bytes, remote);
   }
   if (shared && nodes.num_nodes() > 1) print_node_bytes(session, flat, *shared);
+  if (options.overlap) bench_overlap(session, options, shared ? *shared : flat, tokens);
 }
 
 }  // namespace

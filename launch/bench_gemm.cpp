@@ -1,133 +1,15 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
-#include "kernels/arena.hpp"
-#include "kernels/ffn.hpp"
 #include "kernels/peak.hpp"
 #include "launch/bench.hpp"
+#include "launch/bench_experts.hpp"
 #include "launch/threads.hpp"
-#include "src/base/rng.hpp"
 
 namespace arcus {
 namespace {
-
-/// The experts of one MoE layer with evenly loaded segments.
-class GroupedFfn {
- public:
-  GroupedFfn(Stream& stream, FfnShape shape, DType dtype, std::int64_t experts, std::int64_t rows)
-      : stream_(stream), shape_(shape), experts_(experts), rows_(rows), arena_("bench", bytes()) {
-    for (std::int64_t e = 0; e < experts; ++e) {
-      segments_.push_back({static_cast<std::int32_t>(e), 0, e * rows, e * padded_rows(rows), rows});
-    }
-    const std::int64_t h = shape.hidden_size;
-    const std::int64_t f = shape.ff_size;
-    const std::int64_t r = experts * rows;
-    const std::int64_t rp = experts * padded_rows(rows);
-    const DType acc = accumulate_dtype(dtype);
-    weights_ = arena_.allocate(dtype, experts * 3 * f, h);
-    x_ = arena_.allocate(dtype, r + kWgradRowPadding, h);
-    for (TensorView* view : {&y_, &dout_, &dx_}) *view = arena_.allocate(dtype, r, h);
-    dy_ = arena_.allocate(dtype, rp, h, ffn_row_stride(h));
-    for (TensorView* view : {&gate_up_, &dgate_up_}) {
-      *view = arena_.allocate(dtype, rp, 2 * f, ffn_row_stride(2 * f));
-    }
-    act_ = arena_.allocate(dtype, rp, f, ffn_row_stride(f));
-    row_weight_ = arena_.allocate(acc, 1, r);
-    drow_weight_ = arena_.allocate(acc, 1, r);
-    sums_ = arena_.allocate(DType::i64, experts * 3 * f, h);
-    fill(weights_, 0.02F);
-    fill(x_, 1);
-    fill(dout_, 1e-3F);
-    fill(row_weight_, 1);
-    const auto shapes = ffn_gemm_shapes(shape, dtype, rows, true);
-    build_primitives(stream, shapes);
-  }
-
-  void forward() {
-    ffn_forward(stream_, {.y = y_,
-                          .gate_up = gate_up_,
-                          .act = act_,
-                          .x = x_,
-                          .weights = weights(),
-                          .shape = shape_,
-                          .segments = segments_});
-  }
-
-  void backward() {
-    ffn_backward(stream_, {.dx = dx_,
-                           .drow_weight = drow_weight_,
-                           .dy = dy_,
-                           .dgate_up = dgate_up_,
-                           .dout = dout_,
-                           .row_weight = row_weight_,
-                           .y = y_,
-                           .gate_up = gate_up_,
-                           .weights = weights(),
-                           .shape = shape_,
-                           .segments = segments_});
-  }
-
-  void weight_gradient(DType sum_dtype) {
-    const std::int64_t matrix = shape_.hidden_size * shape_.ff_size;
-    const GradientSum sum{.sum = sums_.data, .dtype = sum_dtype, .limit = 64, .flag = &flag_};
-    ffn_wgrad(stream_, {.dgate = sum,
-                        .dup = sum.at(matrix),
-                        .ddown = sum.at(2 * matrix),
-                        .expert_stride = 3 * matrix,
-                        .x = x_,
-                        .act = act_,
-                        .dy = dy_,
-                        .dgate_up = dgate_up_,
-                        .shape = shape_,
-                        .segments = segments_});
-  }
-
-  /// Of one of the three passes.
-  double flops() const {
-    return 6.0 * static_cast<double>(shape_.hidden_size * shape_.ff_size * experts_ * rows_);
-  }
-
- private:
-  FfnWeights weights() const {
-    const std::int64_t h = shape_.hidden_size;
-    const std::int64_t f = shape_.ff_size;
-    return {.gate_up = weights_.row_range(0, 2 * f),
-            .down = {weights_.row_range(2 * f, h).data, weights_.dtype, h, f},
-            .expert_stride = 3 * f * h};
-  }
-
-  /// More than enough address space; untouched pages cost nothing.
-  std::int64_t bytes() const {
-    const std::int64_t width = shape_.hidden_size + shape_.ff_size;
-    return experts_ * (padded_rows(rows_) + kWgradRowPadding) * width * 64 +
-           experts_ * shape_.hidden_size * shape_.ff_size * 64 + (std::int64_t{1} << 24);
-  }
-
-  static void fill(TensorView view, float scale) {
-    const Rng rng(1, "bench", "fill");
-    for (std::int64_t i = 0; i < view.rows; ++i) {
-      for (std::int64_t j = 0; j < view.cols; ++j) {
-        const auto element = static_cast<std::uint64_t>(i * view.cols + j);
-        const float value = scale * (2 * rng.uniform(0, element) - 1);
-        if (view.dtype == DType::f32) view.row<float>(i)[j] = value;
-        if (view.dtype == DType::bf16) view.row<bf16>(i)[j] = bf16(value);
-      }
-    }
-  }
-
-  Stream& stream_;
-  FfnShape shape_;
-  std::int64_t experts_;
-  std::int64_t rows_;
-  Arena arena_;
-  std::vector<Segment> segments_;
-  BadLeafFlag flag_{kNoBadLeaf};
-  TensorView weights_, x_, y_, dout_, dx_, dy_, gate_up_, dgate_up_, act_, row_weight_,
-      drow_weight_, sums_;
-};
 
 /// Rows per segment to try: the configuration's own, half and twice as many.
 std::vector<std::int64_t> segment_rows(const Config& config) {
@@ -139,7 +21,8 @@ std::vector<std::int64_t> segment_rows(const Config& config) {
 void bench_rows(Session& session, Stream& stream, const BenchOptions& options, DType dtype,
                 std::int64_t rows) {
   const ModelConfig& model = options.config.model;
-  GroupedFfn ffn(stream, {model.hidden_size, model.expert_ff_size}, dtype, model.num_experts, rows);
+  BenchedExperts ffn(stream, {model.hidden_size, model.expert_ff_size}, dtype, model.num_experts,
+                     rows);
   // All passes once, so that each has the buffers that it reads.
   ffn.forward();
   ffn.backward();
@@ -172,7 +55,7 @@ void bench_rows(Session& session, Stream& stream, const BenchOptions& options, D
 }  // namespace
 
 ExitCode bench_gemm(Session& session, const BenchOptions& options) {
-  Stream stream(threads_per_rank(options.config.parallel, session.comm(), session.stream()));
+  Stream stream(set_up_threads(options.config.parallel, session.comm(), session.stream()));
   if (session.is_root()) {
     const ModelConfig& model = options.config.model;
     fmt::print(

@@ -82,7 +82,7 @@ ExitCode bench_generate(Session& session, const BenchOptions& options) {
     model = resolve_model(options.config, dataset ? &*dataset : nullptr);
     resolve_ep_size(options.config.parallel.ep_size, session.comm().size(), model.num_experts);
   });
-  Stream stream(threads_per_rank(options.config.parallel, session.comm(), session.stream()));
+  Stream stream(set_up_threads(options.config.parallel, session.comm(), session.stream()));
   if (session.is_root()) {
     fmt::print(
         "{} new tokens a sequence, greedy, {}; {} ranks x {} threads, median of {}. Limit: every "

@@ -1,7 +1,9 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <chrono>
 #include <fstream>
+#include <functional>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -68,157 +70,192 @@ MemoryFigures memory_figures(Session& session, ModelInstance& instance, const Tr
   return {even[largest], worst[largest], measured[largest]};
 }
 
-struct StepFigures {
-  Samples samples;
-  Samples forward;                    ///< evaluation, of as many tokens as a step has
-  std::vector<StepAccount> accounts;  ///< of every rank, if asked for
-  MemoryFigures memory;
-  double load = 0;   ///< of the last step: tokens of the busiest expert / mean, worst layer
-  double flops = 0;  ///< of all ranks, per step
-  MovedBytes bytes;  ///< of all ranks, per step
+/// The Trainer that `arcus train` uses, ready for its first step.
+class BenchedModel {
+ public:
+  BenchedModel(Session& session, int num_threads, const Config& config, const TokenDataset& dataset)
+      : stream_(num_threads),
+        config_(config),
+        dataset_(dataset),
+        options_(trainer_options(config_, config_.model)),
+        instance_(make_process_groups(session.comm(), resolve_ep_size(config.parallel.ep_size,
+                                                                      session.comm().size(),
+                                                                      config.model.num_experts)),
+                  stream_, instance_options(options_)),
+        trainer_(instance_, options_),
+        sampler_(dataset, config_.data, config_.train.seq_len, config_.run.seed) {
+    instance_.build_primitives();
+    trainer_.initialize();
+  }
+
+  Stream& stream() { return stream_; }
+  ModelInstance& instance() { return instance_; }
+  const Trainer& trainer() const { return trainer_; }
+
+  void step() {
+    const Span span(stream_, "step");
+    StepRequests requests;
+    trainer_.step(sampler_, requests);
+  }
+  /// The evaluation of `arcus train` and `arcus eval` on about as many tokens as a step has;
+  /// returns how many they were, 0 without held-out text.
+  std::int64_t forward() {
+    const std::int64_t batches = config_.train.global_batch_seqs / config_.train.micro_batch_seqs;
+    const EvalMetrics eval = evaluate(instance_, dataset_, config_.data, {}, batches, 0);
+    std::int64_t tokens = 0;
+    for (const DomainEval& domain : eval.domains) tokens += domain.tokens;
+    return tokens;
+  }
+  /// Of the last step: tokens of the busiest expert / mean, worst layer.
+  double load() const {
+    double load = 0;
+    for (const LayerMetrics& layer : trainer_.metrics().layers) {
+      load = std::max(load, layer.max_mean_load);
+    }
+    return load;
+  }
+
+ private:
+  Stream stream_;
+  Config config_;
+  const TokenDataset& dataset_;
+  TrainerOptions options_;
+  ModelInstance instance_;
+  Trainer trainer_;
+  BatchSampler sampler_;
 };
 
-/// Times the evaluation that `arcus train` and `arcus eval` use.
-void time_forward(Session& session, Stream& stream, const Config& config, ModelInstance& instance,
-                  const TokenDataset& dataset, const BenchOptions& options, StepFigures& figures) {
-  const std::int64_t batches = config.train.global_batch_seqs / config.train.micro_batch_seqs;
-  std::int64_t tokens = 0;
-  figures.forward = measure(session, stream, options.repeats, [&] {
-    const EvalMetrics eval = evaluate(instance, dataset, config.data, {}, batches, 0);
-    tokens = 0;
-    for (const DomainEval& domain : eval.domains) tokens += domain.tokens;
-  });
-  if (tokens == 0) figures.forward.ms.clear();  // no held-out text
-  const auto wanted = static_cast<double>(config.train.global_batch_seqs * config.train.seq_len);
-  for (double& ms : figures.forward.ms) ms *= wanted / static_cast<double>(tokens);
-}
+/// What was measured of the run with order-independent sums, of the one with plain sums and of the
+/// machine, in turn, so that a busy moment hits all of them.
+struct StepReport {
+  Samples step;        ///< with order-independent sums
+  Samples plain_step;  ///< with plain f32 sums; none where two models do not fit
+  Samples forward;     ///< evaluation, of as many tokens as a step has; none without held-out text
+  std::vector<StepAccount> accounts;  ///< of every rank, if asked for
+  MemoryFigures memory;
+  double load = 0;
+  double flops = 0;   ///< of all ranks, per step
+  MovedBytes bytes;   ///< of all ranks, per step
+  double gflops = 0;  ///< of all ranks together, as measured of the machine
+  double gbytes = 0;  ///< GB/s of all ranks together
+  int num_ranks = 1, num_threads = 1;
 
-/// Where the time of `steps` steps goes, on every rank.
-struct ProfiledSteps {
-  Profile profile;
-  double seconds = 0;
+  double compute_ms() const { return flops / gflops / 1e6; }
+  double memory_ms() const { return bytes.sum() / gbytes / 1e6; }
+  double roofline_ms() const { return compute_ms() + memory_ms(); }
+  double share_of_peak() const { return compute_ms() / step.median(); }
+  /// Backward is twice the forward pass.
+  double forward_share_of_peak() const { return compute_ms() / 3 / forward.median(); }
 };
 
 /// Steps with a profile; the spans of one go to options.trace if that is set.
-void profile_steps(Session& session, Stream& stream, Trainer& trainer, const BatchSampler& sampler,
-                   const BenchOptions& options, ProfiledSteps& result) {
-  const auto steps = [&](std::int64_t count, bool with_events) {
+std::vector<StepAccount> profile_steps(Session& session, BenchedModel& model,
+                                       const BenchOptions& options, double gflops) {
+  Stream& stream = model.stream();
+  Profile profile(stream.num_threads(), true);
+  const auto seconds_of = [&](std::int64_t steps, bool with_events) {
     session.comm().barrier(stream);
-    result.profile.start(with_events);
+    profile.start(with_events);
     const auto begin = std::chrono::steady_clock::now();
-    for (std::int64_t i = 0; i < count; ++i) {
-      const Span span(stream, "step");
-      StepRequests requests;
-      trainer.step(sampler, requests);
-    }
+    for (std::int64_t i = 0; i < steps; ++i) model.step();
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   };
-  stream.set_profile(&result.profile);
+  stream.set_profile(&profile);
   if (!options.trace.empty()) {
-    steps(1, true);
-    write_trace(session, result.profile, options.trace);
+    seconds_of(1, true);
+    write_trace(session, profile, options.trace);
   }
-  result.seconds = steps(options.repeats, false);
+  std::vector<StepAccount> accounts;
+  if (options.account) {
+    const double seconds = seconds_of(options.repeats, false);
+    accounts =
+        gather_accounts(session, account_of(profile, seconds, options.repeats,
+                                            gflops / session.comm().size(), stream.num_threads()));
+  }
   stream.set_profile(nullptr);
+  return accounts;
 }
 
-/// Times whole steps of the Trainer that `arcus train` uses, with plain sums only those.
-StepFigures time_steps(Session& session, Stream& stream, const Config& config,
-                       const TokenDataset& dataset, const BenchOptions& options,
-                       ProfiledSteps* profiled) {
-  const TrainerOptions trainer_config = trainer_options(config, resolve_model(config, &dataset));
-  const int ep_size =
-      resolve_ep_size(config.parallel.ep_size, session.comm().size(), config.model.num_experts);
+/// Whether this machine has room for a second model as large as the first. Collective.
+bool another_fits(Session& session, const BenchedModel& model, ModelInstance& instance) {
+  std::int64_t bytes = model.trainer().optimizer_bytes();
+  for (const ByteRow& row : instance.byte_rows()) bytes += row.worst;
+  const std::int64_t free = memory_per_rank(session.comm().node_size());
+  return sum_over_ranks(session, free > 0 && free < bytes ? 1 : 0) == 0;
+}
+
+StepReport measure_steps(Session& session, Stream& stream, Config config,
+                         const TokenDataset& dataset, const BenchOptions& options) {
+  constexpr int kWarmUp = 2;
+  StepReport report{.num_ranks = session.comm().size(), .num_threads = stream.num_threads()};
   reset_peak_memory();
   const std::int64_t memory_before = resident_memory();
-  ModelInstance instance(make_process_groups(session.comm(), ep_size), stream,
-                         instance_options(trainer_config));
-  Trainer trainer(instance, trainer_config);
-  instance.build_primitives();
-  trainer.initialize();
-  const BatchSampler sampler(dataset, config.data, config.train.seq_len, config.run.seed);
-  StepFigures figures;
-  figures.samples = measure(session, stream, options.repeats, [&] {
-    StepRequests requests;
-    trainer.step(sampler, requests);
-  });
-  figures.memory = memory_figures(session, instance, trainer, memory_before);
-  for (const LayerMetrics& layer : trainer.metrics().layers) {
-    figures.load = std::max(figures.load, layer.max_mean_load);
+  config.run.reproducible = true;
+  BenchedModel exact(session, stream.num_threads(), config, dataset);
+  for (int i = 0; i < kWarmUp; ++i) exact.step();
+  report.memory = memory_figures(session, exact.instance(), exact.trainer(), memory_before);
+  config.run.reproducible = false;
+  std::unique_ptr<BenchedModel> plain;
+  if (another_fits(session, exact, exact.instance())) {
+    plain = std::make_unique<BenchedModel>(session, stream.num_threads(), config, dataset);
   }
-  const double tokens = static_cast<double>(config.train.global_batch_seqs * config.train.seq_len);
-  figures.flops = tokens * instance.transformer().training_flops_per_token(config.train.seq_len);
-  const MovedBytes own = bytes_per_step(instance, trainer);
-  figures.bytes = {sum_over_ranks(session, own.weights), sum_over_ranks(session, own.sums),
-                   sum_over_ranks(session, own.activations),
-                   sum_over_ranks(session, own.optimizer)};
-  if (!config.run.reproducible) return figures;
-  time_forward(session, stream, config, instance, dataset, options, figures);
-  if (profiled != nullptr) {
-    profile_steps(session, stream, trainer, sampler, options, *profiled);
-  }
-  return figures;
+  std::int64_t evaluated = 0;
+  std::vector<double> gflops;
+  std::vector<std::function<void()>> things = {
+      [&] { exact.step(); },
+      [&] { gflops.push_back(measure_gemm_peak(stream, dtype_from_name(config.train.dtype))); },
+      [&] { evaluated = exact.forward(); }};
+  if (plain) things.emplace_back([&] { plain->step(); });
+  const auto samples = measure_in_turn(session, stream, options.repeats, things, kWarmUp);
+  report.step = samples[0];
+  report.gflops = sum_over_ranks(session, Samples{gflops}.median());
+  report.gbytes = sum_over_ranks(session, measure_triad(stream));
+  const auto wanted = static_cast<double>(config.train.global_batch_seqs * config.train.seq_len);
+  if (evaluated > 0) report.forward = samples[2];
+  for (double& ms : report.forward.ms) ms *= wanted / static_cast<double>(evaluated);
+  if (plain) report.plain_step = samples[3];
+  report.load = exact.load();
+  report.flops =
+      wanted * exact.instance().transformer().training_flops_per_token(config.train.seq_len);
+  const MovedBytes own = bytes_per_step(exact.instance(), exact.trainer());
+  report.bytes = {sum_over_ranks(session, own.weights), sum_over_ranks(session, own.sums),
+                  sum_over_ranks(session, own.activations), sum_over_ranks(session, own.optimizer)};
+  report.accounts = profile_steps(session, exact, options, report.gflops);
+  return report;
 }
-
-struct Machine {
-  double gflops = 0;  ///< of all ranks together
-  double gbytes = 0;  ///< GB/s of all ranks together
-};
-
-Machine measure_machine(Session& session, Stream& stream, DType dtype) {
-  session.comm().barrier(stream);
-  Machine machine;
-  machine.gflops = sum_over_ranks(session, measure_gemm_peak(stream, dtype));
-  session.comm().barrier(stream);
-  machine.gbytes = sum_over_ranks(session, measure_triad(stream));
-  return machine;
-}
-
-/// All that one run of the benchmark found.
-struct StepReport {
-  StepFigures exact;  ///< with sums as the configuration has them: order-independent
-  StepFigures plain;  ///< with plain f32 sums
-  Machine machine;
-  int num_ranks = 1, num_threads = 1;
-
-  double compute_ms() const { return exact.flops / machine.gflops / 1e6; }
-  double memory_ms() const { return exact.bytes.sum() / machine.gbytes / 1e6; }
-  double roofline_ms() const { return compute_ms() + memory_ms(); }
-  double share_of_peak() const { return compute_ms() / exact.samples.median(); }
-  /// Backward is twice the forward pass.
-  double forward_share_of_peak() const { return compute_ms() / 3 / exact.forward.median(); }
-};
 
 void print_table(const Config& config, const StepReport& report) {
   const double tokens = static_cast<double>(config.train.global_batch_seqs * config.train.seq_len);
   const auto line = [&](const char* what, double ms, const std::string& note) {
     fmt::print("{:<44} {:>10.2f} {:>12.0f}  {}\n", what, ms, tokens / ms * 1e3, note);
   };
-  const StepFigures& exact = report.exact;
   fmt::print("{:<44} {:>10} {:>12}\n", "", "ms a step", "tokens/s");
-  line("step", exact.samples.median(),
+  line("step", report.step.median(),
        fmt::format("{:.0f} % of the measured peak; {:.2f} to {:.2f} ms; load {:.2f}x",
-                   100 * report.share_of_peak(), exact.samples.least(), exact.samples.most(),
-                   exact.load));
-  line("step with plain f32 sums", report.plain.samples.median(),
-       fmt::format("order-independent sums cost {:+.1f} %",
-                   100 * (exact.samples.median() / report.plain.samples.median() - 1)));
-  if (!exact.forward.ms.empty()) {
-    line("forward alone (evaluation)", exact.forward.median(),
+                   100 * report.share_of_peak(), report.step.least(), report.step.most(),
+                   report.load));
+  if (report.plain_step.ms.empty()) {
+    fmt::print("step with plain f32 sums: not measured, a second model does not fit\n");
+  } else {
+    line("step with plain f32 sums", report.plain_step.median(),
+         fmt::format("order-independent sums cost {:+.1f} %",
+                     100 * (report.step.median() / report.plain_step.median() - 1)));
+  }
+  if (!report.forward.ms.empty()) {
+    line("forward alone (evaluation)", report.forward.median(),
          fmt::format("{:.0f} % of the measured peak", 100 * report.forward_share_of_peak()));
   }
   line("roofline", report.roofline_ms(),
-       fmt::format("{:.0f} % of it is reached",
-                   100 * report.roofline_ms() / exact.samples.median()));
+       fmt::format("{:.0f} % of it is reached", 100 * report.roofline_ms() / report.step.median()));
   line("  operations at the measured peak", report.compute_ms(),
-       fmt::format("{:.2f} GFLOP at {:.1f} GFLOP/s", exact.flops / 1e9, report.machine.gflops));
+       fmt::format("{:.2f} GFLOP at {:.1f} GFLOP/s", report.flops / 1e9, report.gflops));
   line("  bytes at the measured memory speed", report.memory_ms(),
-       fmt::format("{:.3f} GB at {:.1f} GB/s", exact.bytes.sum() / 1e9, report.machine.gbytes));
+       fmt::format("{:.3f} GB at {:.1f} GB/s", report.bytes.sum() / 1e9, report.gbytes));
   const auto text = [](double bytes) { return bytes_text(static_cast<std::int64_t>(bytes)); };
   fmt::print(
       "memory of the rank that took most: {} measured; planned {} with even load, {} at worst\n",
-      text(exact.memory.measured), text(exact.memory.planned_even),
-      text(exact.memory.planned_worst));
+      text(report.memory.measured), text(report.memory.planned_even),
+      text(report.memory.planned_worst));
 }
 
 nlohmann::json to_json(const Samples& samples) {
@@ -227,7 +264,6 @@ nlohmann::json to_json(const Samples& samples) {
 }
 
 nlohmann::json to_json(const Config& config, const StepReport& report) {
-  const StepFigures& exact = report.exact;
   nlohmann::json json = {
       {"ranks", report.num_ranks},
       {"threads", report.num_threads},
@@ -238,27 +274,27 @@ nlohmann::json to_json(const Config& config, const StepReport& report) {
       {"seq_len", config.train.seq_len},
       {"micro_batch_tokens", config.train.micro_batch_seqs * config.train.seq_len},
       {"tokens", config.train.global_batch_seqs * config.train.seq_len},
-      {"step_ms", to_json(exact.samples)},
-      {"plain_sums_step_ms", to_json(report.plain.samples)},
-      {"forward_ms", to_json(exact.forward)},
-      {"load", exact.load},
-      {"flop", exact.flops},
-      {"peak_gflop_per_s", report.machine.gflops},
-      {"triad_gb_per_s", report.machine.gbytes},
+      {"step_ms", to_json(report.step)},
+      {"plain_sums_step_ms", to_json(report.plain_step)},
+      {"forward_ms", to_json(report.forward)},
+      {"load", report.load},
+      {"flop", report.flops},
+      {"peak_gflop_per_s", report.gflops},
+      {"triad_gb_per_s", report.gbytes},
       {"share_of_peak", report.share_of_peak()},
-      {"share_of_roofline", report.roofline_ms() / exact.samples.median()},
+      {"share_of_roofline", report.roofline_ms() / report.step.median()},
       {"bytes",
-       {{"weights", exact.bytes.weights},
-        {"sums", exact.bytes.sums},
-        {"activations", exact.bytes.activations},
-        {"optimizer", exact.bytes.optimizer}}},
+       {{"weights", report.bytes.weights},
+        {"sums", report.bytes.sums},
+        {"activations", report.bytes.activations},
+        {"optimizer", report.bytes.optimizer}}},
       {"memory",
-       {{"measured", exact.memory.measured},
-        {"planned_even", exact.memory.planned_even},
-        {"planned_worst", exact.memory.planned_worst}}}};
-  if (!exact.forward.ms.empty()) json["forward_share_of_peak"] = report.forward_share_of_peak();
-  if (exact.accounts.empty()) return json;
-  const StepAccount mean = mean_account(exact.accounts);
+       {{"measured", report.memory.measured},
+        {"planned_even", report.memory.planned_even},
+        {"planned_worst", report.memory.planned_worst}}}};
+  if (!report.forward.ms.empty()) json["forward_share_of_peak"] = report.forward_share_of_peak();
+  if (report.accounts.empty()) return json;
+  const StepAccount mean = mean_account(report.accounts);
   for (std::size_t row = 0; row < StepAccount::kNumRows; ++row) {
     json["account_ms"][StepAccount::names()[row]] = mean.ms[row];
   }
@@ -293,8 +329,7 @@ ExitCode bench_step(Session& session, const BenchOptions& options) {
     config.model = resolve_model(config, &dataset);
     resolve_ep_size(config.parallel.ep_size, session.comm().size(), config.model.num_experts);
   });
-  Stream stream(threads_per_rank(config.parallel, session.comm(), session.stream()));
-  const DType dtype = dtype_from_name(config.train.dtype);
+  Stream stream(set_up_threads(config.parallel, session.comm(), session.stream()));
   checked_plan(session, config, trainer_options(config, config.model), stream.num_threads());
   if (session.is_root()) {
     fmt::print(
@@ -305,27 +340,10 @@ ExitCode bench_step(Session& session, const BenchOptions& options) {
         config.train.seq_len, config.train.dtype, session.comm().size(), stream.num_threads(),
         options.repeats);
   }
-  StepReport report{.num_ranks = session.comm().size(), .num_threads = stream.num_threads()};
-  const Machine before = measure_machine(session, stream, dtype);
-  config.run.reproducible = true;
-  ProfiledSteps profiled{Profile(stream.num_threads(), true)};
-  const bool profiles = options.account || !options.trace.empty();
-  report.exact =
-      time_steps(session, stream, config, dataset, options, profiles ? &profiled : nullptr);
-  config.run.reproducible = false;
-  report.plain = time_steps(session, stream, config, dataset, options, nullptr);
-  const Machine after = measure_machine(session, stream, dtype);
-  // Clocks wander: the machine is measured on both sides.
-  report.machine = {(before.gflops + after.gflops) / 2, (before.gbytes + after.gbytes) / 2};
-  if (options.account) {
-    const StepAccount own =
-        account_of(profiled.profile, profiled.seconds, options.repeats,
-                   report.machine.gflops / session.comm().size(), stream.num_threads());
-    report.exact.accounts = gather_accounts(session, own);
-  }
+  const StepReport report = measure_steps(session, stream, config, dataset, options);
   if (session.is_root()) {
     print_table(config, report);
-    if (options.account) print_accounts(report.exact.accounts);
+    if (options.account) print_accounts(report.accounts);
   }
   session.together([&] {
     if (session.is_root() && !options.json.empty()) {

@@ -363,7 +363,11 @@ Section parallel_section() {
        option(
            "threads", &C::threads,
            "CPU threads per rank; 0 = OMP_NUM_THREADS, else the node's cores shared by its ranks",
-           at_least(0))});
+           at_least(0)),
+       option("bind", &C::bind,
+              "\"cores\" = every thread keeps to a core of its own, for nodes that nobody else "
+              "uses; \"none\" = as the launcher left it",
+              one_of({"none", "cores"}))});
 }
 
 Section eval_section() {

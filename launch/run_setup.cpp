@@ -180,7 +180,7 @@ LoadedModel load(Session& session, const std::filesystem::path& path,
                               loaded.config.model.num_experts);
   });
   loaded.stream = std::make_unique<Stream>(
-      threads_per_rank(loaded.config.parallel, session.comm(), session.stream()));
+      set_up_threads(loaded.config.parallel, session.comm(), session.stream()));
   InstanceOptions options =
       instance_options(trainer_options(loaded.config, resolve_model(loaded.config, nullptr)));
   options.training = false;

@@ -78,7 +78,7 @@ TrainRun::TrainRun(Session& session, const Config& config, const std::string& re
                                               config_.run.seed);
   });
   stream_ = std::make_unique<Stream>(
-      threads_per_rank(config_.parallel, session_.comm(), session_.stream()));
+      set_up_threads(config_.parallel, session_.comm(), session_.stream()));
   const TrainerOptions options = trainer_options(config_, resolve_model(config_, &dataset_));
   // Before anything in the folder is touched.
   const CheckedPlan checked = checked_plan(session_, config_, options, stream_->num_threads());

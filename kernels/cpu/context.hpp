@@ -37,6 +37,9 @@ class Context {
   /// The stream's profile, or null.
   void set_profile(Profile* profile) { profile_ = profile; }
   Profile* profile() const { return profile_; }
+  /// See let_row_bits_differ.
+  void let_row_bits_differ() { row_bits_may_differ_ = true; }
+  bool row_bits_may_differ() const { return row_bits_may_differ_; }
 
  private:
   static std::size_t index(int thread) { return static_cast<std::size_t>(thread); }
@@ -45,6 +48,7 @@ class Context {
   int num_threads_;
   std::int64_t scratch_bytes_ = 0;
   Profile* profile_ = nullptr;
+  bool row_bits_may_differ_ = false;
   std::vector<std::unique_ptr<Arena>> scratch_;
   std::unique_ptr<Arena> op_scratch_;
   std::unique_ptr<GemmCache> gemm_;

@@ -17,6 +17,7 @@ namespace arcus {
 PrimitiveReport build_primitives(Stream& stream, std::span<const GemmShape> shapes) {
   return cpu::build_gemm_shapes(stream, shapes);
 }
+void let_row_bits_differ(Stream& stream) { stream.cpu().let_row_bits_differ(); }
 std::int64_t late_primitives(Stream& stream) { return stream.cpu().gemm().late_primitives(); }
 
 namespace cpu {

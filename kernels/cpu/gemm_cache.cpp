@@ -357,6 +357,16 @@ std::int64_t row_tile_height(DType ab_dtype, std::int64_t n, std::int64_t k) {
 
 namespace {
 
+/// Rows that the product of a tile of `rows` rows has.
+std::int64_t product_rows(const Context& context, const GemmKey& key, std::int64_t rows) {
+  if (!needs_fixed_rows(key.ab_dtype)) return rows;
+  const std::int64_t height = row_tile_height(key.ab_dtype, key.n, key.k);
+  if (!context.row_bits_may_differ()) return height;
+  // AMX multiplies 16 rows at once, 32 with both of its accumulators; between them it is slow.
+  constexpr std::int64_t kFastRows = 32;
+  return std::min(height, (rows + kFastRows - 1) / kFastRows * kFastRows);
+}
+
 /// One tile; key.m is its height, `rows` of which exist.
 void run_tile(Context& context, int thread, const GemmKey& key, std::int64_t rows, const void* a,
               const void* b, void* c, const void* bias) {
@@ -391,14 +401,14 @@ void run_gemm_rows(Context& context, int thread, GemmKey key, std::int64_t rows,
   const std::int64_t c_step = key.ldc * static_cast<std::int64_t>(size_of(key.c_dtype));
   for (std::int64_t begin = 0; begin < rows; begin += height) {
     const std::int64_t tile_rows = std::min(height, rows - begin);
-    key.m = needs_fixed_rows(key.ab_dtype) ? height : tile_rows;
+    key.m = product_rows(context, key, tile_rows);
     run_tile(context, thread, key, tile_rows, static_cast<const char*>(a) + begin * a_step, b,
              static_cast<char*>(c) + begin * c_step, bias);
   }
 }
 
 void build_gemm_tile(Context& context, GemmKey key, std::int64_t rows) {
-  key.m = needs_fixed_rows(key.ab_dtype) ? row_tile_height(key.ab_dtype, key.n, key.k) : rows;
+  key.m = product_rows(context, key, rows);
   const CompactTile tile(key);
   build_gemm(context, tile.key);
   if (!needs_fixed_rows(key.ab_dtype) && key.lda == key.k && key.ldc == key.n) return;

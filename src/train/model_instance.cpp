@@ -96,6 +96,7 @@ ModelInstance::ModelInstance(ProcessGroups groups, Stream& stream, const Instanc
   params_ =
       std::make_unique<ParamStore>(registry_, options.compute, options.sum_dtype, options.training);
   params_->set_num_micro_batches(options.num_micro_batches);
+  if (options.training && options.sum_dtype == DType::f32) let_row_bits_differ(stream);
   dispatcher_ = make_dispatcher(*groups_.ep, dispatcher_options(options), options.dispatch_path);
   const RoundMemory most = round_memory(true);
   rows_ = std::make_unique<Arena>(dispatcher_->make_row_memory(most.row_bytes));

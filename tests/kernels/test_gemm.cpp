@@ -325,11 +325,15 @@ TEST(GemmCache, MoreZeroRowsInKDoNotChangeBits) {
   }
 }
 
-TEST(GemmCache, NothingIsBuiltLate) {
+class GemmCacheOfTiles : public ::testing::TestWithParam<bool> {};
+INSTANTIATE_TEST_SUITE_P(RowBitsMayDiffer, GemmCacheOfTiles, ::testing::Bool());
+
+TEST_P(GemmCacheOfTiles, NothingIsBuiltLate) {
   for (const DType dtype : {DType::f32, DType::bf16}) {
     if (dtype == DType::bf16 && !cpu::bf16_is_native()) continue;
     const std::int64_t out = 48, in = 80, most = 600;
     Stream stream(2);
+    if (GetParam()) let_row_bits_differ(stream);
     std::vector<GemmShape> shapes;
     for (const GemmKind kind : {GemmKind::forward, GemmKind::dgrad, GemmKind::wgrad}) {
       shapes.push_back({.kind = kind,
@@ -368,6 +372,24 @@ TEST(GemmCache, NothingIsBuiltLate) {
     });
     EXPECT_EQ(late_primitives(stream), 0);
     EXPECT_EQ(build_primitives(stream, shapes).primitives, 0) << "built twice";
+  }
+}
+
+TEST(GemmCache, TailsThatMayDifferGiveTheSameProducts) {
+  if (!cpu::bf16_is_native()) GTEST_SKIP() << "no native bf16";
+  const std::int64_t out = 1024, in = 512, most = 300;
+  Stream fixed(2), differing(2);
+  let_row_bits_differ(differing);
+  Matrix<bf16> x(most, in), w(out, in);
+  x.randomize(1), w.randomize(2);
+  for (const std::int64_t rows : {1, 31, 32, 33, 64, 100, 127, 128, 129, 300}) {
+    Matrix<float> expected(rows, out), y(rows, out);
+    linear_forward(fixed, {.y = expected.view(), .x = x.rows(0, rows), .weight = w.view()});
+    linear_forward(differing, {.y = y.view(), .x = x.rows(0, rows), .weight = w.view()});
+    // f32 sums of 512 products of up to 1, in another order.
+    for (std::size_t i = 0; i < y.values.size(); ++i) {
+      ASSERT_NEAR(y.values[i], expected.values[i], 512 * 23 * 0x1p-24) << rows << " rows";
+    }
   }
 }
 

@@ -1,11 +1,14 @@
 #include <gtest/gtest.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
 #include <string>
+#include <vector>
 
 #include "comm/backends.hpp"
 #include "launch/bench.hpp"
@@ -104,6 +107,47 @@ TEST(Threads, RanksOnTheSameCoresShareThem) {
     Stream stream(1);
     EXPECT_EQ(threads_per_rank({}, comm, stream), 1);
   });
+}
+
+TEST(Threads, BoundOnesHaveACoreEach) {
+  const int cores = available_cores();
+  std::mutex mutex;
+  std::vector<cpu_set_t> bound;
+  // Ranks are threads here, so that nothing of this process stays bound.
+  run_on_threads(2, {}, [&](Communicator& comm) {
+    Stream stream(1);
+    const ParallelConfig parallel{.threads = std::max(1, cores / 2), .bind = "cores"};
+    if (cores < 2) {
+      EXPECT_THROW(set_up_threads(parallel, comm, stream), Error);
+      return;
+    }
+    const int threads = set_up_threads(parallel, comm, stream);
+    EXPECT_EQ(threads, cores / 2);
+#pragma omp parallel num_threads(threads)
+    {
+      cpu_set_t own;
+      sched_getaffinity(0, sizeof own, &own);
+      const std::lock_guard lock(mutex);
+      bound.push_back(own);
+    }
+  });
+  if (cores < 2) return;
+  EXPECT_EQ(bound.size(), 2 * static_cast<std::size_t>(cores / 2));
+  for (std::size_t i = 0; i < bound.size(); ++i) {
+    EXPECT_GE(CPU_COUNT(&bound[i]), 1);
+    for (std::size_t j = 0; j < i; ++j) {
+      cpu_set_t both;
+      CPU_AND(&both, &bound[i], &bound[j]);
+      EXPECT_EQ(CPU_COUNT(&both), 0) << "threads " << j << " and " << i << " share a processor";
+    }
+  }
+}
+
+TEST(Threads, MoreThanThereAreCoresCannotBeBound) {
+  auto comm = make_self_communicator();
+  Stream stream(1);
+  EXPECT_THROW(
+      set_up_threads({.threads = available_cores() + 1, .bind = "cores"}, *comm, stream), Error);
 }
 
 TEST(Session, RunsAloneWithoutALauncherAndReportsErrors) {

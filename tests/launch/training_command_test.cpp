@@ -284,7 +284,8 @@ TEST_F(TrainingCommand, EveryBenchmarkRunsAtATinySize) {
                            data();
   for (const auto& [name, expected] :
        {std::pair{"gemm", "all three"}, std::pair{"dispatch", "MPI_Alltoallv alone"},
-        std::pair{"generate", "x limit"}, std::pair{"step", "roofline"}}) {
+        std::pair{"dispatch --overlap", "% hidden"}, std::pair{"generate", "x limit"},
+        std::pair{"step", "roofline"}}) {
     const ShellResult result = arcus(2, std::string("bench ") + name + tiny);
     EXPECT_EQ(result.code, 0) << result.out;
     EXPECT_TRUE(contains(result.out, expected)) << result.out;
