@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 
 #include "kernels/cpu/chosen.hpp"
 #include "kernels/cpu/column_rank.hpp"
+#include "kernels/cpu/math.hpp"
 #include "kernels/cpu/parallel.hpp"
 #include "kernels/cpu/rows.hpp"
 #include "kernels/cpu/top.hpp"
@@ -21,22 +23,23 @@ constexpr std::int64_t kChunkRows = 512;
 
 template <class A>
 double row_sum(const A* s, std::int64_t num_experts) {
-  double sum = 0;
-  for (std::int64_t e = 0; e < num_experts; ++e) sum += static_cast<double>(s[e]);
-  return sum + kTiny;
+  return sum_terms<double>(num_experts, [=](std::int64_t e) { return static_cast<double>(s[e]); }) +
+         kTiny;
 }
 
 // ---- statistics ------------------------------------------------------------------------------
 
+/// -sum p ln p with p = s / sum s, as ln (sum s) - (sum s ln s) / sum s.
 template <class A>
 double row_entropy(const A* s, std::int64_t num_experts) {
   const double sum = row_sum(s, num_experts);
-  double entropy = 0;
-  for (std::int64_t e = 0; e < num_experts; ++e) {
-    const double p = static_cast<double>(s[e]) / sum;
-    if (p > 0) entropy -= p * std::log(p);
-  }
-  return entropy;
+  const double weighted = sum_terms<double>(num_experts, [=](std::int64_t e) {
+    // What is smaller adds nothing; 0 ln 0 = 0.
+    constexpr A kLeast = std::numeric_limits<A>::min();
+    return static_cast<double>(s[e]) * static_cast<double>(log(s[e] > kLeast ? s[e] : kLeast));
+  });
+  const double entropy = std::log(sum) - weighted / sum;
+  return entropy < 0 ? 0 : entropy;  // a rounding below; a NaN stays one
 }
 
 template <class A>

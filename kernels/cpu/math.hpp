@@ -37,6 +37,33 @@ inline float exp(float x) {
 }
 inline double exp(double x) { return std::exp(x); }
 
+/// ln x of a positive, normal, finite x within 1 ulp.
+inline float log(float x) {
+  // x = 2^k m with m from sqrt(1/2) to sqrt(2).
+  constexpr std::int32_t kSqrtHalf = 0x3f3504f3;
+  const auto bits = std::bit_cast<std::int32_t>(x);
+  const std::int32_t k = (bits - kSqrtHalf) >> 23;
+  const float f = std::bit_cast<float>(bits - (k << 23)) - 1.0F;
+  // ln m = f - f^2 / 2 + f^3 p(f), p fitted to the smallest largest error of the whole.
+  float p = 0.0691760033F;
+  p = std::fma(p, f, -0.117796846F);
+  p = std::fma(p, f, 0.118662275F);
+  p = std::fma(p, f, -0.123858064F);
+  p = std::fma(p, f, 0.142198905F);
+  p = std::fma(p, f, -0.166691959F);
+  p = std::fma(p, f, 0.200021535F);
+  p = std::fma(p, f, -0.249999866F);
+  p = std::fma(p, f, 0.333333105F);
+  const float square = f * f;
+  // k ln 2 in two parts, the larger one exact.
+  const auto k_float = static_cast<float>(k);
+  float rest = p * f * square;
+  rest = std::fma(k_float, -2.12194440e-4F, rest);
+  rest = std::fma(-0.5F, square, rest);
+  return std::fma(k_float, 0.693359375F, f + rest);
+}
+inline double log(double x) { return std::log(x); }
+
 /// 1 / (1 + e^-x) without overflow on either side.
 template <class A>
 inline A sigmoid(A x) {

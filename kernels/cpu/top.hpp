@@ -13,6 +13,9 @@ inline A ordered(A value) {
   return value == value ? value : -std::numeric_limits<A>::infinity();
 }
 
+/// Values looked at together by select_largest.
+inline constexpr std::int64_t kSelectBlock = 32;
+
 /// The largest values of a scan in ascending index order, descending, equal ones in index order.
 template <class A>
 class Largest {
@@ -30,6 +33,8 @@ class Largest {
     value_[at] = value;
     index_[at] = i;
   }
+  /// What is not above the last value of a full list is not taken.
+  bool full() const { return size_ == count_; }
   int size() const { return size_; }
   A value(int rank) const { return value_[rank]; }
   std::int64_t index(int rank) const { return index_[rank]; }
@@ -40,6 +45,15 @@ class Largest {
   std::array<A, kMost> value_;
   std::array<std::int64_t, kMost> index_;
 };
+
+/// Whether value(i) > bound for some begin <= i < end; a NaN is not.
+template <class A, class Value>
+inline bool any_above(std::int64_t begin, std::int64_t end, A bound, Value&& value) {
+  int above = 0;
+#pragma omp simd reduction(| : above)
+  for (std::int64_t i = begin; i < end; ++i) above |= value(i) > bound ? 1 : 0;
+  return above != 0;
+}
 
 /// Calls take(rank, i) for the `count` largest value(i) among 0 <= i < n with allowed(i), in
 /// descending order, ties to the lower i (-0 = +0). At least `count` must be allowed. One pass
@@ -52,10 +66,17 @@ inline void select_largest(std::int64_t n, std::int64_t count, Value&& value, Al
   std::int64_t last_i = -1;
   for (std::int64_t rank = 0; rank < count;) {
     Largest<A> largest(static_cast<int>(std::min<std::int64_t>(count - rank, Largest<A>::kMost)));
-    for (std::int64_t i = 0; i < n; ++i) {
-      const A v = ordered(value(i));
-      const bool behind_last = v < last || (v == last && i > last_i);
-      if (behind_last && allowed(i)) largest.offer(v, i);
+    for (std::int64_t begin = 0; begin < n; begin += kSelectBlock) {
+      const std::int64_t end = std::min(n, begin + kSelectBlock);
+      // Most blocks of a long row hold nothing for the list.
+      if (largest.full() && !any_above(begin, end, largest.value(largest.size() - 1), value)) {
+        continue;
+      }
+      for (std::int64_t i = begin; i < end; ++i) {
+        const A v = ordered(value(i));
+        const bool behind_last = v < last || (v == last && i > last_i);
+        if (behind_last && allowed(i)) largest.offer(v, i);
+      }
     }
     for (int k = 0; k < largest.size(); ++k) take(rank + k, largest.index(k));
     rank += largest.size();

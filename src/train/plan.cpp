@@ -151,7 +151,7 @@ TrainPlan make_plan(const TrainerOptions& options, int num_ranks, int ranks_per_
       row.worst = std::max(row.worst, shared);
     }
   }
-  plan.bytes.insert(plan.bytes.begin() + 2, {"optimizer (moments, master, gradients)",
+  plan.bytes.insert(plan.bytes.begin() + 2, {"optimizer (moments, master weights)",
                                              optimizer.bytes(), optimizer.bytes()});
   add_advice(options, plan);
   return plan;
