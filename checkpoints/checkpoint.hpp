@@ -96,7 +96,9 @@ SaveReport save_checkpoint(Communicator& world, Stream& stream,
                            const std::filesystem::path& run_dir, const CheckpointInfo& info,
                            std::span<const StateView> views, const SaveOptions& options = {});
 
-/// Digest of the state in memory: what a checkpoint saved now would have.
+/// The state in memory as a checkpoint saved now would describe it: tensors and hashes.
+Checkpoint describe_state(Communicator& world, Stream& stream, std::span<const StateView> views);
+/// Its digest.
 std::uint64_t state_digest(Communicator& world, Stream& stream, std::span<const StateView> views);
 
 /// Whether the views must name all tensors of a checkpoint, or may leave some out (evaluation wants

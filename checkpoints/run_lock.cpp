@@ -11,14 +11,10 @@
 #include <string>
 
 #include "src/base/error.hpp"
+#include "src/base/host.hpp"
 
 namespace arcus {
 namespace {
-
-std::string host_name() {
-  std::array<char, 256> name{};
-  return ::gethostname(name.data(), name.size() - 1) == 0 ? name.data() : "unknown host";
-}
 
 std::string read_holder(int descriptor) {
   std::array<char, 512> text{};
@@ -50,7 +46,7 @@ RunLock::RunLock(const std::filesystem::path& run_dir) {
                "cannot lock {}: {}; choose a [run] dir on a file system with locks", path.string(),
                reason);
   }
-  const std::string holder = fmt::format("process {} on {}", ::getpid(), host_name());
+  const std::string holder = fmt::format("process {} on {}", ::getpid(), node_name());
   // The text only serves the message above, so a full disk is no reason to stop here.
   if (::ftruncate(descriptor_, 0) != 0 ||
       ::pwrite(descriptor_, holder.data(), holder.size(), 0) < 0) {

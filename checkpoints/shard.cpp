@@ -1,6 +1,7 @@
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
+#include <cstring>
 
 #include "checkpoints/files.hpp"
 #include "checkpoints/layout.hpp"
@@ -12,6 +13,9 @@ namespace arcus::writer {
 namespace {
 
 using nlohmann::json;
+
+constexpr std::int64_t kPieceBytes = std::int64_t{1} << 26;
+constexpr std::int64_t kSyncBytes = std::int64_t{1} << 28;
 
 void require_valid(const TensorSpec& spec) {
   ARCUS_CHECK(!spec.name.empty() && spec.shape.size() <= 3 && spec.num_units >= 1 &&
@@ -39,8 +43,13 @@ std::vector<StateSlice> slices_to_write(int rank, const StateView& view) {
   return slices;
 }
 
-void hash_blocks(ShardTensor& tensor) {
+std::int64_t slice_bytes(const TensorSpec& spec, const StateSlice& slice) {
+  return (slice.rows.end - slice.rows.begin) * layout::row_bytes(spec);
+}
+
+void hash_blocks(ShardTensor& tensor, Progress& progress) {
   const std::int64_t row_bytes = layout::row_bytes(tensor.spec);
+  tensor.block_hashes.clear();
   for (const StateSlice& slice : tensor.slices) {
     const layout::BlockRange blocks = layout::blocks_of(tensor.spec, slice.rows);
     for (std::int64_t block = blocks.first; block < blocks.last; ++block) {
@@ -49,6 +58,7 @@ void hash_blocks(ShardTensor& tensor) {
           static_cast<const char*>(slice.data) + (rows.begin - slice.rows.begin) * row_bytes;
       tensor.block_hashes.push_back(
           hash_bytes(data, static_cast<std::size_t>((rows.end - rows.begin) * row_bytes)));
+      ++progress;
     }
   }
 }
@@ -114,33 +124,71 @@ ShardContent collect(int rank, std::span<const StateView> views) {
     if (view.spec.num_elements() == 0) continue;
     ShardTensor tensor{view.spec, tensor_idx, slices_to_write(rank, view), {}, 0};
     if (tensor.slices.empty()) continue;
-    hash_blocks(tensor);
     content.tensors.push_back(std::move(tensor));
   }
   return content;
 }
 
+std::int64_t bytes_of(const ShardContent& content) {
+  std::int64_t bytes = 0;
+  for (const ShardTensor& tensor : content.tensors) {
+    for (const StateSlice& slice : tensor.slices) bytes += slice_bytes(tensor.spec, slice);
+  }
+  return bytes;
+}
+
+void copy_state(ShardContent& content, char* memory, Progress& progress) {
+  for (ShardTensor& tensor : content.tensors) {
+    for (StateSlice& slice : tensor.slices) {
+      const std::int64_t bytes = slice_bytes(tensor.spec, slice);
+      std::memcpy(memory, slice.data, static_cast<std::size_t>(bytes));
+      slice.data = memory;
+      memory += bytes;
+      ++progress;
+    }
+  }
+}
+
+void hash_state(ShardContent& content, Progress& progress) {
+  for (ShardTensor& tensor : content.tensors) hash_blocks(tensor, progress);
+}
+
 StoredFile write_shard(const std::filesystem::path& folder, int rank, std::int64_t step,
-                       ShardContent& content) {
+                       ShardContent& content, Progress& progress) {
   const std::filesystem::path path = folder / layout::shard_name(rank);
   h5::File file = h5::File::create(path, ExitCode::checkpoint);
   file.write_attribute("format", "arcus-shard");
   file.write_attribute("step", step);
   file.write_attribute("rank", std::int64_t{rank});
+  std::int64_t unsynced = 0;
   for (ShardTensor& tensor : content.tensors) {
     h5::Shape shape{tensor.num_rows()};
     if (tensor.spec.shape.size() > 1) shape.push_back(tensor.spec.cols());
     h5::Dataset dataset = file.create_dataset(tensor.spec.name, tensor.spec.dtype, shape);
     tensor.offset = dataset.offset();
+    const std::int64_t row_bytes = layout::row_bytes(tensor.spec);
+    const std::int64_t most = std::max<std::int64_t>(1, kPieceBytes / row_bytes);
     std::int64_t row = 0;
     for (const StateSlice& slice : tensor.slices) {
-      const std::int64_t rows = slice.rows.end - slice.rows.begin;
-      dataset.write_rows(row, rows, slice.data);
-      row += rows;
+      for (std::int64_t begin = slice.rows.begin; begin < slice.rows.end; begin += most) {
+        const std::int64_t rows = std::min(most, slice.rows.end - begin);
+        dataset.write_rows(
+            row, rows,
+            static_cast<const char*>(slice.data) + (begin - slice.rows.begin) * row_bytes);
+        row += rows;
+        unsynced += rows * row_bytes;
+        ++progress;
+      }
     }
+    // Little by little, so that the disk works all the time and its slowness is seen as it happens.
+    if (unsynced < kSyncBytes) continue;
+    files::sync(path);
+    unsynced = 0;
+    ++progress;
   }
   file.close();
   files::sync(path);
+  ++progress;
   return {layout::shard_name(rank), static_cast<std::int64_t>(std::filesystem::file_size(path)),
           files::hash(path)};
 }

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <filesystem>
 #include <span>
 #include <string>
@@ -7,9 +8,11 @@
 
 #include "checkpoints/checkpoint.hpp"
 
-/// The three parts of a save. Only the first touches the state and only the last communicates, so
-/// that the one between them can run beside training once `collect` copies.
+/// The parts of a save. Only the last ones need the other ranks, so that those before them can run
+/// beside training. `progress` grows while they get on.
 namespace arcus::writer {
+
+using Progress = std::atomic<std::int64_t>;
 
 /// Rows of one tensor that this rank writes.
 struct ShardTensor {
@@ -22,18 +25,24 @@ struct ShardTensor {
   std::int64_t num_rows() const;
 };
 
-/// This rank's part of a checkpoint. Points into the state.
+/// This rank's part of a checkpoint. Points into the state, or into a copy of it.
 struct ShardContent {
   std::vector<TensorSpec> specs;     ///< of all tensors
   std::vector<ShardTensor> tensors;  ///< those with rows here
 };
 
-/// Checks the views and hashes this rank's blocks.
+/// Checks the views and notes what this rank writes.
 ShardContent collect(int rank, std::span<const StateView> views);
+/// Bytes of all rows.
+std::int64_t bytes_of(const ShardContent& content);
+/// Copies all rows to `memory` (bytes_of long), where `content` points from then on.
+void copy_state(ShardContent& content, char* memory, Progress& progress);
+/// Hashes of all blocks.
+void hash_state(ShardContent& content, Progress& progress);
 
 /// Writes the shard into `folder`, forces it to disk, and notes the offsets in `content`.
 StoredFile write_shard(const std::filesystem::path& folder, int rank, std::int64_t step,
-                       ShardContent& content);
+                       ShardContent& content, Progress& progress);
 
 /// What a rank tells the others about its shard, as bytes.
 std::string pack_report(const ShardContent& content, const StoredFile& file);

@@ -5,6 +5,7 @@
 #include <condition_variable>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <exception>
 #include <mutex>
 #include <thread>
@@ -12,6 +13,8 @@
 
 #include "comm/last_words.hpp"
 #include "comm/mpi_comm.hpp"
+#include "src/base/host.hpp"
+#include "src/base/log.hpp"
 
 namespace arcus {
 namespace {
@@ -31,6 +34,36 @@ class NoWatchdog final : public Watchdog {
   void beat(std::int64_t /*step*/, std::int64_t /*layer*/, const char* /*what*/) override {}
 };
 
+/// Durations of the last steps, from when a rank was seen to begin each.
+class StepTimes {
+ public:
+  void see(std::int64_t step, Clock::time_point now) {
+    if (step == step_) return;
+    // The first one began before anybody looked.
+    if (step_ >= 0 && step == step_ + 1 && ++seen_ > 1) {
+      last_.push_back(std::chrono::duration<double>(now - begin_).count());
+      if (last_.size() > kMost) last_.pop_front();
+    }
+    step_ = step;
+    begin_ = now;
+  }
+  /// 0 until a few steps were seen.
+  double median() const {
+    if (last_.size() < 3) return 0;
+    std::vector<double> sorted(last_.begin(), last_.end());
+    std::nth_element(sorted.begin(),
+                     sorted.begin() + static_cast<std::ptrdiff_t>(sorted.size() / 2), sorted.end());
+    return sorted[sorted.size() / 2];
+  }
+
+ private:
+  static constexpr std::size_t kMost = 31;
+  std::int64_t step_ = -1;
+  std::int64_t seen_ = 0;
+  Clock::time_point begin_;
+  std::deque<double> last_;
+};
+
 /// Message buffers and what is known of one other rank.
 struct Peer {
   int rank = 0;
@@ -47,7 +80,8 @@ struct Peer {
 /// it: after an error it is left to the end of the process.
 class Monitor {
  public:
-  Monitor(MPI_Comm comm, double stuck_after_s) : comm_(comm), stuck_after_s_(stuck_after_s) {
+  Monitor(MPI_Comm comm, double stuck_after_s, std::vector<std::string> hosts)
+      : comm_(comm), stuck_after_s_(stuck_after_s), hosts_(std::move(hosts)) {
     MPI_Comm_rank(comm, &rank_);
     MPI_Comm_size(comm, &size_);
     peers_.resize(static_cast<std::size_t>(size_ - 1));
@@ -76,8 +110,10 @@ class Monitor {
       const bool leaving = leaving_;
       const Heartbeat mine = mine_;
       lock.unlock();
+      forgive_sleep();
       const bool done = exchange(mine, leaving);
       if (!done) end_if_stuck(mine);
+      if (!done) report_if_slow(mine);
       lock.lock();
       if (done) return;
       wake_.wait_for(lock, leaving ? kLeavingPeriod : period(),
@@ -98,13 +134,33 @@ class Monitor {
 
  private:
   static constexpr std::chrono::milliseconds kLeavingPeriod{5};
+  static constexpr double kLostAfter = 5;
+  static constexpr double kSlowTimes = 3;  ///< the median step
+  static constexpr double kStuckTimes = 10;
+  static constexpr double kLeastSlow = 1;  ///< seconds: shorter waits happen
+  static constexpr double kLeastStuck = 60;
   /// What others wait for the speaker's message, which itself waits for errors still under way.
   static constexpr std::chrono::seconds kSpeakerTime{4};
 
   /// Short enough to be in time, long enough to cost nothing.
   std::chrono::milliseconds period() const {
-    const auto wanted = static_cast<std::int64_t>(stuck_after_s_ * 100);
+    const auto wanted = static_cast<std::int64_t>(stuck_after() * 100);
     return std::chrono::milliseconds(std::clamp<std::int64_t>(wanted, 10, 150 + size_));
+  }
+  double stuck_after() const {
+    return stuck_after_s_ > 0 ? stuck_after_s_
+                              : std::max(kLeastStuck, kStuckTimes * steps_.median());
+  }
+  double lost_after() const { return std::min(kLostAfter, stuck_after() / 2); }
+
+  /// This process, and so probably the whole job, was not running for a while: that is nobody's
+  /// silence.
+  void forgive_sleep() {
+    const auto now = Clock::now();
+    const auto gap = now - std::exchange(looked_, now);
+    if (gap < std::chrono::duration<double>(lost_after() / 2)) return;
+    moved_ += gap;
+    for (Peer& peer : peers_) peer.heard += gap;
   }
 
   // The analyser looks for MPI_Wait; requests here are completed by MPI_Test, in later calls.
@@ -118,6 +174,7 @@ class Monitor {
   bool exchange(const Heartbeat& mine, bool leaving) {
     if (mine.sequence != mine_seen_) moved_ = Clock::now();
     mine_seen_ = mine.sequence;
+    steps_.see(mine.step, Clock::now());
     bool done = leaving;
     for (Peer& peer : peers_) {
       take(peer);
@@ -168,9 +225,9 @@ class Monitor {
   }
 
   void end_if_stuck(const Heartbeat& mine) {
-    const bool broken = std::any_of(peers_.begin(), peers_.end(),
-                                    [](const Peer& peer) { return !peer.broken.empty(); });
-    if (!broken && seconds_since(moved_) < stuck_after_s_) return;
+    const bool lost = std::any_of(peers_.begin(), peers_.end(),
+                                  [this](const Peer& peer) { return !peer.left && silent(peer); });
+    if (!lost && seconds_since(moved_) < stuck_after()) return;
     if (speaker() == rank_) {
       say_last_words(rank_, size_, ExitCode::comm, diagnosis(mine));
     } else {
@@ -182,7 +239,7 @@ class Monitor {
 
   /// A silent rank is lost, or stopped as a whole: even its watchdog says nothing.
   bool silent(const Peer& peer) const {
-    return !peer.broken.empty() || seconds_since(peer.heard) > stuck_after_s_ / 2;
+    return !peer.broken.empty() || seconds_since(peer.heard) > lost_after();
   }
 
   /// The lowest rank whose watchdog is alive reports for all: they have seen the same heartbeats.
@@ -201,6 +258,34 @@ class Monitor {
                        beat.sequence);
   }
 
+  std::string name(int rank) const {
+    return fmt::format("rank {} on {}", rank, hosts_[static_cast<std::size_t>(rank)]);
+  }
+
+  /// Says once for whom the others wait.
+  void report_if_slow(const Heartbeat& mine) {
+    const double median = steps_.median();
+    const double still = seconds_since(moved_);
+    if (median == 0 || still < std::max(kLeastSlow, kSlowTimes * median)) {
+      reported_slow_ = false;
+      return;
+    }
+    if (std::exchange(reported_slow_, true) || speaker() != rank_) return;
+    int slowest = rank_;
+    Heartbeat place_of_slowest = mine;
+    bool others_ahead = false;
+    for (const Peer& peer : peers_) {
+      if (peer.left || peer.last.sequence == place_of_slowest.sequence) continue;
+      others_ahead = true;
+      if (peer.last.sequence > place_of_slowest.sequence) continue;
+      slowest = peer.rank;
+      place_of_slowest = peer.last;
+    }
+    spdlog::warn("{} for {:.1f} s, a step takes {:.2f} s: {}{}",
+                 others_ahead ? "the others wait" : "nobody has moved", still, median,
+                 others_ahead ? name(slowest) + " is slow, " : "all are ", place(place_of_slowest));
+  }
+
   /// Who is lost, who is late, and where everybody stands.
   std::string diagnosis(const Heartbeat& mine) const {
     std::string lost, late, waiting;
@@ -215,15 +300,15 @@ class Monitor {
       if (peer != nullptr && peer->left) continue;
       const Heartbeat& beat = peer == nullptr ? mine : peer->last;
       if (peer != nullptr && silent(*peer)) {
-        lost += fmt::format("; rank {} is lost ({}), last seen {}", rank,
+        lost += fmt::format("; {} is lost ({}), last seen {}", name(rank),
                             peer->broken.empty()
                                 ? fmt::format("silent for {:.1f} s", seconds_since(peer->heard))
                                 : peer->broken,
                             place(beat));
       } else if (beat.sequence == first && first != last) {
-        late += fmt::format("; rank {} is late, {}", rank, place(beat));
+        late += fmt::format("; {} is late, {}", name(rank), place(beat));
       } else {
-        waiting += fmt::format("; rank {} waits {}", rank, place(beat));
+        waiting += fmt::format("; {} waits {}", name(rank), place(beat));
       }
     }
     return fmt::format("no rank has moved for {:.1f} s{}{}{}", seconds_since(moved_), lost, late,
@@ -242,7 +327,11 @@ class Monitor {
   int rank_ = 0, size_ = 1;
   std::vector<Peer> peers_;
   Clock::time_point moved_;
+  Clock::time_point looked_ = Clock::now();  ///< when this thread last ran
   std::int64_t mine_seen_ = 0;
+  StepTimes steps_;
+  bool reported_slow_ = false;
+  std::vector<std::string> hosts_;  ///< by rank
 
   std::mutex mutex_;
   std::condition_variable wake_;
@@ -253,9 +342,9 @@ class Monitor {
 
 class MpiWatchdog final : public Watchdog {
  public:
-  MpiWatchdog(MpiHandle comm, double stuck_after_s)
+  MpiWatchdog(MpiHandle comm, double stuck_after_s, std::vector<std::string> hosts)
       : comm_(std::move(comm)),
-        monitor_(std::make_unique<Monitor>(comm_.get(), stuck_after_s)),
+        monitor_(std::make_unique<Monitor>(comm_.get(), stuck_after_s, std::move(hosts))),
         exceptions_(std::uncaught_exceptions()),
         thread_([monitor = monitor_.get()] { monitor->run(); }) {}
 
@@ -286,12 +375,12 @@ class MpiWatchdog final : public Watchdog {
 
 std::unique_ptr<Watchdog> make_watchdog(Communicator& world, double stuck_after_s) {
   const auto* mpi = dynamic_cast<MpiComm*>(&world);
-  if (mpi == nullptr || world.size() == 1 || stuck_after_s <= 0) {
-    return std::make_unique<NoWatchdog>();
-  }
+  if (mpi == nullptr || world.size() == 1) return std::make_unique<NoWatchdog>();
+  Stream stream(1);
+  std::vector<std::string> hosts = gather_texts(world, stream, node_name());
   MPI_Comm copy = MPI_COMM_NULL;
   ARCUS_MPI(MPI_Comm_dup(mpi->handle(), &copy));
-  return std::make_unique<MpiWatchdog>(MpiHandle(copy), stuck_after_s);
+  return std::make_unique<MpiWatchdog>(MpiHandle(copy), stuck_after_s, std::move(hosts));
 }
 
 }  // namespace arcus

@@ -15,6 +15,7 @@ namespace {
 constexpr const char* kExitCodes =
     "Exit codes of arcus:\n"
     "   0  done\n"
+    "   1  `arcus diff`: the runs differ\n"
     "  64  command line or configuration; also a run that was given up because its loss is no\n"
     "      longer finite (run.max_bad_steps)\n"
     "  65  training text, token files, tokenizers\n"

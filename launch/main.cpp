@@ -73,6 +73,9 @@ int run(int argc, char** argv) {
   add_eval_command(app, action);
   add_generate_command(app, action);
   add_inspect_command(app, action);
+  add_diff_command(app, action);
+  add_status_command(app, action);
+  add_supervise_command(app, action);
   add_bench_command(app, action);
   add_help_command(app, action);
   try {

@@ -22,11 +22,20 @@ CheckedPlan checked_plan(Session& session, const Config& config, const TrainerOp
     if (!session.is_root()) return;
     const std::int64_t ep_size = config.parallel.ep_size;
     checked.plan = make_plan(options, session.comm().size(), ranks_here, ep_size, num_threads);
+    checked.background_saves =
+        config.checkpoint.background &&
+        (least == kUnknown || checked.plan.worst_bytes() + checked.plan.state_bytes <= least);
     if (least == kUnknown) return;
     const MemoryFit fit = memory_fit(options, checked.plan, ranks_here, ep_size, least);
     ARCUS_REQUIRE(fit.fits_even || !config.run.check_memory, ExitCode::usage, "{}", fit.text);
     checked.tight = fit.text;
   });
+  checked.background_saves =
+      broadcast_text(session.comm(), session.stream(), checked.background_saves ? "1" : "") == "1";
+  if (session.is_root() && checked.background_saves) {
+    const std::int64_t copy = checked.plan.state_bytes;
+    checked.plan.bytes.push_back({"copy of the state for checkpoints", copy, copy});
+  }
   return checked;
 }
 

@@ -16,6 +16,9 @@ std::int64_t memory_per_rank(int ranks_here);
 struct CheckedPlan {
   TrainPlan plan;
   std::string tight;  ///< what may not fit at worst, with settings that would; empty: all fits
+  /// Whether checkpoints can be written in the background, on all ranks alike: asked for, and the
+  /// copy of the state, a row of the plan then, fits too.
+  bool background_saves = false;
 };
 /// Refuses (usage, on all ranks, unless run.check_memory is off) what does not fit into the memory
 /// of its machines even with evenly loaded experts. Collective.

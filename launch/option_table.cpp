@@ -126,8 +126,18 @@ Section run_section() {
               "stop with a checkpoint after this much wall-clock time; 0 = no limit", at_least(0)),
        option("trace_routing_every", &C::trace_routing_every,
               "write a routing trace every n steps; 0 = never", at_least(0)),
-       option("stuck_after_s", &C::stuck_after_s,
-              "seconds without progress after which the run is declared stuck", above(0)),
+       option("digest_every", &C::digest_every,
+              "log hashes of every tensor every n steps, for `arcus diff`; 0 = never", at_least(0)),
+       option("verify_every", &C::verify_every,
+              "every n steps ranks compute each other's micro-batches and compare gradients, so "
+              "that a "
+              "faulty machine is named; 0 = never",
+              at_least(0)),
+       option(
+           "stuck_after_s", &C::stuck_after_s,
+           "seconds without progress after which the run is declared stuck and ended; 0 = 10 times "
+           "the median step, at least 60",
+           at_least(0)),
        option("max_bad_steps", &C::max_bad_steps,
               "non-finite steps in a row after which the run stops, everything saved", at_least(1)),
        option("check_memory", &C::check_memory,
@@ -386,7 +396,10 @@ Section checkpoint_section() {
       {option("every", &C::every, "steps between checkpoints; 0 = only at the end", at_least(0)),
        option("keep", &C::keep, "newest complete checkpoints kept", at_least(1)),
        option("keep_every", &C::keep_every, "also keep those at multiples of n steps; 0 = none",
-              at_least(0))});
+              at_least(0)),
+       option("background", &C::background,
+              "write checkpoints while training goes on, from a copy of the state (where there is "
+              "memory for it)")});
 }
 
 /// A bound or default as people write it: 1 rather than 1.0.

@@ -3,7 +3,6 @@
 #include <fmt/format.h>
 #include <hwloc.h>
 #include <omp.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -15,6 +14,7 @@
 #include <vector>
 
 #include "src/base/error.hpp"
+#include "src/base/host.hpp"
 
 namespace arcus {
 namespace {
@@ -82,12 +82,6 @@ int quota_cores() {
   return std::max(1, static_cast<int>(std::ceil(quota / period)));
 }
 
-std::string host_name() {
-  char name[256] = {};
-  gethostname(name, sizeof(name) - 1);
-  return name;
-}
-
 /// OMP_NUM_THREADS (its first number), 0 when unset.
 int threads_from_environment() {
   const char* text = std::getenv("OMP_NUM_THREADS");
@@ -125,7 +119,7 @@ struct Sharers {
 };
 
 Sharers find_sharers(const Bitmap& binding, Communicator& comm, Stream& stream) {
-  const std::string place = fmt::format("{} {}", host_name(), text_of(binding));
+  const std::string place = fmt::format("{} {}", machine_name(), text_of(binding));
   const std::vector<std::string> places = gather_texts(comm, stream, place);
   const auto before = std::count(places.begin(), places.begin() + comm.rank(), place);
   return {static_cast<int>(before),
@@ -143,7 +137,7 @@ void bind_threads(int threads, Communicator& comm, Stream& stream) {
       "parallel.bind is \"cores\", but {} rank{} of {} thread{} share {} core{} of {}; "
       "set it to \"none\", or start fewer ranks or threads there",
       sharers.count, sharers.count == 1 ? "" : "s", threads, threads == 1 ? "" : "s", cores.size(),
-      cores.size() == 1 ? "" : "s", host_name());
+      cores.size() == 1 ? "" : "s", machine_name());
   std::atomic<int> failed{0};
 #pragma omp parallel num_threads(threads)
   {

@@ -4,10 +4,12 @@
 #include <spdlog/spdlog.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <fstream>
 #include <random>
 
+#include "checkpoints/saver.hpp"
 #include "kernels/gradient.hpp"
 #include "launch/run_setup.hpp"
 #include "launch/signals.hpp"
@@ -61,6 +63,74 @@ double largest_load(const StepMetrics& metrics) {
 
 }  // namespace
 
+/// The run's checkpoints, and how long training waits for them.
+class TrainRun::Saver final : public RunSaver {
+ public:
+  Saver(TrainRun& run, bool background)
+      : run_(run), saver_(run.session_.comm(), *run.stream_, run.dir_), background_(background) {
+    run_.trainer_->set_before_update([this] { waited([this] { saver_.wait_copied(); }); });
+  }
+
+  void save() override {
+    begin(/*copy=*/false);
+    finish();
+  }
+  bool start() override {
+    begin(background_);
+    if (!background_) finish();
+    return background_;
+  }
+  bool busy() override { return saver_.busy(); }
+  bool advance() override {
+    std::optional<SaveReport> report;
+    waited([&] { report = saver_.advance(); });
+    if (report) announce(*report);
+    return report.has_value();
+  }
+  void finish() override {
+    SaveReport report;
+    waited([&] {
+      report = saver_.finish(
+          [this] { run_.watchdog_->beat(run_.trainer_->steps_done(), 0, "checkpoint"); });
+    });
+    announce(report);
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  void begin(bool copy) {
+    begin_ = Clock::now();
+    waited_ = {};
+    waited([&] {
+      saver_.start(run_.checkpoint_info(), run_.trainer_->state(), run_.save_options(), copy);
+    });
+  }
+  template <class Fn>
+  void waited(Fn&& fn) {
+    const Clock::time_point begin = Clock::now();
+    fn();
+    waited_ += Clock::now() - begin;
+  }
+  void announce(const SaveReport& report) {
+    run_.watchdog_->beat(run_.trainer_->steps_done(), 0, "checkpoint");
+    if (!run_.progress_) return;
+    run_.progress_->clear();
+    const std::chrono::duration<double> seconds = Clock::now() - begin_;
+    const std::chrono::duration<double> waited = waited_;
+    spdlog::info("saved {} ({:.1f} MB in {:.2f} s, training waited {:.3f} s)", report.path.string(),
+                 static_cast<double>(report.bytes) / 1e6, seconds.count(), waited.count());
+  }
+
+  TrainRun& run_;
+  CheckpointSaver saver_;
+  bool background_;
+  Clock::time_point begin_;
+  Clock::duration waited_{};
+};
+
+TrainRun::~TrainRun() = default;
+
 TrainRun::TrainRun(Session& session, const Config& config, const std::string& resume)
     : session_(session),
       config_(config),
@@ -87,6 +157,7 @@ TrainRun::TrainRun(Session& session, const Config& config, const std::string& re
   build();
   restore(resume);
   watch();
+  saver_ = std::make_unique<Saver>(*this, checked.background_saves);
   session_.together([&] {
     if (session_.is_root()) write_config();
   });
@@ -123,7 +194,8 @@ void TrainRun::open_folder(const std::string& resume) {
 
 /// What an earlier run left is moved aside: nothing is lost, nothing is mixed up.
 void TrainRun::start_afresh() {
-  for (const char* name : {"checkpoints", "metrics.jsonl", "run.log", "config.toml", "trace"}) {
+  for (const char* name :
+       {"checkpoints", "metrics.jsonl", "digests.jsonl", "run.log", "config.toml", "trace"}) {
     const fs::path old = dir_ / name;
     if (!fs::exists(old)) continue;
     const fs::path aside = free_name(old);
@@ -139,6 +211,12 @@ void TrainRun::print_plan(const CheckedPlan& checked) const {
   for (const std::string& line : keys_without_effect(config_)) spdlog::warn("{}", line);
   log_lines(to_text(checked.plan));
   if (!checked.tight.empty()) spdlog::warn("{}", checked.tight);
+  if (config_.checkpoint.background && !checked.background_saves) {
+    spdlog::warn(
+        "training waits for checkpoints to be written: no memory for a copy of the state ({}); "
+        "checkpoint.background = false says that this is meant",
+        bytes_text(checked.plan.state_bytes));
+  }
 }
 
 void TrainRun::build() {
@@ -265,17 +343,24 @@ RunOptions TrainRun::run_options() const {
           .max_minutes = config_.run.max_minutes,
           .max_bad_steps = config_.run.max_bad_steps,
           .trace_routing_every = config_.run.trace_routing_every,
+          .verify_every = config_.run.verify_every,
           .run_dir = dir_};
 }
 
 RunHooks TrainRun::hooks() {
-  return {.save = [this] { save(); },
+  return {.saver = saver_.get(),
           .stop_requested = [] { return stop_requested(); },
           .on_step = [this](const StepMetrics& metrics) { on_step(metrics); },
           .on_eval = [this](const EvalMetrics& metrics) { on_eval(metrics); }};
 }
 
 void TrainRun::on_step(const StepMetrics& metrics) {
+  const std::int64_t every = config_.run.digest_every;
+  if (every > 0 && metrics.step % every == 0) {
+    const Checkpoint state = describe_state(session_.comm(), *stream_, trainer_->state());
+    if (digests_) digests_->write(metrics.step, state);
+    watchdog_->beat(metrics.step, 0, "digest");
+  }
   if (!progress_) return;
   progress_->update(
       {metrics.step, metrics.loss, metrics.timing.tokens_per_s, largest_load(metrics)});
@@ -292,7 +377,7 @@ void TrainRun::on_eval(const EvalMetrics& metrics) {
   spdlog::info("{}", text);
 }
 
-void TrainRun::save() {
+CheckpointInfo TrainRun::checkpoint_info() const {
   const Tokenizer& tokenizer = dataset_.tokenizer();
   CheckpointInfo info{.step = trainer_->steps_done(),
                       .config_text = to_toml(config_),
@@ -304,19 +389,14 @@ void TrainRun::save() {
                 {extra_key::kDataFingerprint, hex(dataset_.fingerprint())},
                 {extra_key::kGradientScaleBits, fmt::format("{}", kLeafScaleBits)},
                 {extra_key::kEpSize, fmt::format("{}", instance_->groups().ep->size())}};
+  return info;
+}
+
+SaveOptions TrainRun::save_options() const {
   // After non-finite steps the weights may be beyond repair: nothing older is given up for them.
   const bool doubtful = trainer_->bad_steps_in_a_row() > 0;
-  const SaveOptions options{.keep = doubtful ? 0 : config_.checkpoint.keep,
-                            .keep_every = config_.checkpoint.keep_every,
-                            .on_stage = [this](std::string_view) {
-                              watchdog_->beat(trainer_->steps_done(), 0, "checkpoint");
-                            }};
-  const SaveReport report =
-      save_checkpoint(session_.comm(), *stream_, dir_, info, trainer_->state(), options);
-  if (!progress_) return;
-  progress_->clear();
-  spdlog::info("saved {} ({:.1f} MB)", report.path.string(),
-               static_cast<double>(report.bytes) / 1e6);
+  return {.keep = doubtful ? 0 : config_.checkpoint.keep,
+          .keep_every = config_.checkpoint.keep_every};
 }
 
 ExitCode TrainRun::finish(RunEnd end) {
@@ -349,6 +429,11 @@ ExitCode TrainRun::finish(RunEnd end) {
 
 ExitCode TrainRun::run() {
   first_step_ = trainer_->steps_done();
+  session_.together([&] {
+    if (session_.is_root() && config_.run.digest_every > 0) {
+      digests_ = std::make_unique<DigestLog>(dir_, first_step_);
+    }
+  });
   if (session_.is_root()) {
     progress_ = std::make_unique<ProgressLine>(stderr, trainer_->steps_done(), config_.train.steps,
                                                config_.run.max_minutes);

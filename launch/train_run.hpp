@@ -7,6 +7,7 @@
 #include "checkpoints/checkpoint.hpp"
 #include "checkpoints/run_lock.hpp"
 #include "comm/watchdog.hpp"
+#include "launch/digest_log.hpp"
 #include "launch/memory_check.hpp"
 #include "launch/progress.hpp"
 #include "launch/run_config.hpp"
@@ -23,6 +24,7 @@ class TrainRun {
   /// Ready to train: folder locked, plan printed, weights initialised or loaded. `resume`: "auto",
   /// "none" or a checkpoint's path.
   TrainRun(Session& session, const Config& config, const std::string& resume);
+  ~TrainRun();
   /// Trains to the last step, or until the time is up or a signal asks to stop.
   ExitCode run();
 
@@ -41,7 +43,8 @@ class TrainRun {
   RunHooks hooks();
   void on_step(const StepMetrics& metrics);
   void on_eval(const EvalMetrics& metrics);
-  void save();
+  CheckpointInfo checkpoint_info() const;
+  SaveOptions save_options() const;
   ExitCode finish(RunEnd end);
 
   Session& session_;
@@ -54,7 +57,10 @@ class TrainRun {
   std::unique_ptr<Trainer> trainer_;
   std::unique_ptr<BatchSampler> sampler_;
   std::unique_ptr<Watchdog> watchdog_;
+  class Saver;
+  std::unique_ptr<Saver> saver_;
   std::unique_ptr<ProgressLine> progress_;  ///< rank 0
+  std::unique_ptr<DigestLog> digests_;      ///< rank 0, with run.digest_every
   std::int64_t first_step_ = 0;             ///< steps done when this process began
   std::string fingerprint_;
   std::string run_id_;

@@ -44,7 +44,9 @@ struct RunConfig {
   double max_minutes =
       0;  ///< stop (checkpoint, exit 0) after this much wall-clock time; 0 = no limit
   std::int64_t trace_routing_every = 0;  ///< write a routing trace every n steps; 0 = never
-  double stuck_after_s = 600;            ///< the watchdog's patience
+  std::int64_t digest_every = 0;         ///< log hashes of the state every n steps; 0 = never
+  std::int64_t verify_every = 0;         ///< compare ranks' arithmetic every n steps; 0 = never
+  double stuck_after_s = 0;              ///< the watchdog's patience; 0 = 10 steps, at least 60 s
   std::int64_t max_bad_steps = 10;       ///< non-finite steps in a row before the run stops
   bool check_memory = true;              ///< refuse a run that does not fit into memory
 };
@@ -60,6 +62,7 @@ struct CheckpointConfig {
   std::int64_t every = 500;     ///< steps; 0 = only at the end
   std::int64_t keep = 2;        ///< newest complete checkpoints kept
   std::int64_t keep_every = 0;  ///< also keep those at multiples of n steps; 0 = none
+  bool background = true;       ///< written while training goes on, from a copy of the state
 };
 
 }  // namespace arcus

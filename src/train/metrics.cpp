@@ -60,7 +60,9 @@ std::string to_json_line(const StepMetrics& m) {
                     {"tokens_per_s", number(m.timing.tokens_per_s)},
                     {"comm_ms", number(m.timing.comm_ms)},
                     {"comm_bytes", m.timing.comm_bytes},
-                    {"rank_load", number(m.timing.rank_load)}};
+                    {"rank_load", number(m.timing.rank_load)},
+                    {"straggler", m.timing.straggler},
+                    {"straggler_ms", number(m.timing.straggler_ms)}};
   return line.dump();
 }
 

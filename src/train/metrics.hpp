@@ -25,6 +25,8 @@ struct StepTiming {
   double comm_ms = 0;           ///< of the slowest rank: communication not hidden behind work
   std::int64_t comm_bytes = 0;  ///< sent by all ranks
   double rank_load = 0;         ///< largest / mean of rows processed by a rank's experts
+  std::int64_t straggler = 0;   ///< the rank that waited least: the others waited for it
+  double straggler_ms = 0;      ///< how much longer than it the one that waited most did
 };
 
 /// One training step. Everything but `timing` has the same bits at any layout.

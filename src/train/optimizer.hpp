@@ -34,8 +34,8 @@ class Optimizer {
   struct Flat {
     FlatId id;
     std::int64_t begin = 0, count = 0;  ///< elements owned by this rank
-    TensorView master, m, v;           ///< [1, count]
-    std::vector<ElementRange> blocks;  ///< owned ones, from `begin` on
+    TensorView master, m, v;            ///< [1, count]
+    std::vector<ElementRange> blocks;   ///< owned ones, from `begin` on
     std::vector<std::unique_ptr<Arena>> memory;
   };
   struct NormBlock {

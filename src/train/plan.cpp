@@ -113,6 +113,21 @@ std::int64_t TrainPlan::worst_bytes() const {
   return sum;
 }
 
+namespace {
+
+std::int64_t bytes_of(std::span<const StateView> views) {
+  std::int64_t bytes = 0;
+  for (const StateView& view : views) {
+    for (const StateSlice& slice : view.slices) {
+      bytes += (slice.rows.end - slice.rows.begin) * view.spec.cols() *
+               static_cast<std::int64_t>(size_of(view.spec.dtype));
+    }
+  }
+  return bytes;
+}
+
+}  // namespace
+
 TrainPlan make_plan(const TrainerOptions& options, int num_ranks, int ranks_per_node,
                     std::int64_t ep_size, int threads_per_rank) {
   TrainPlan plan;
@@ -127,7 +142,7 @@ TrainPlan make_plan(const TrainerOptions& options, int num_ranks, int ranks_per_
   InstanceOptions planned = instance_options(options);
   planned.dispatch_path = DispatchPath::flat;
   ModelInstance instance(std::move(groups), stream, planned);
-  const Optimizer optimizer(instance, options.train);
+  Optimizer optimizer(instance, options.train);
 
   plan.total_parameters = instance.registry().total_parameters();
   plan.active_parameters = instance.registry().active_parameters();
@@ -151,8 +166,9 @@ TrainPlan make_plan(const TrainerOptions& options, int num_ranks, int ranks_per_
       row.worst = std::max(row.worst, shared);
     }
   }
-  plan.bytes.insert(plan.bytes.begin() + 2, {"optimizer (moments, master weights)",
-                                             optimizer.bytes(), optimizer.bytes()});
+  plan.bytes.insert(plan.bytes.begin() + 2,
+                    {"optimizer (moments, master weights)", optimizer.bytes(), optimizer.bytes()});
+  plan.state_bytes = bytes_of(optimizer.state()) + bytes_of(instance.balance().state());
   add_advice(options, plan);
   return plan;
 }

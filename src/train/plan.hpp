@@ -31,6 +31,7 @@ struct TrainPlan {
   std::vector<SegmentPlan> segments;  ///< one for each way in which layers route
   double training_flops_per_token = 0;
   std::vector<ByteRow> bytes;       ///< of rank 0
+  std::int64_t state_bytes = 0;     ///< what rank 0 writes into a checkpoint
   std::vector<std::string> advice;  ///< sentences; what could be better
 
   std::int64_t even_bytes() const;   ///< of a rank, experts evenly loaded

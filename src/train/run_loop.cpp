@@ -5,8 +5,10 @@
 #include <fstream>
 #include <optional>
 #include <system_error>
+#include <utility>
 
 #include "src/base/log.hpp"
+#include "src/train/cross_check.hpp"
 #include "src/train/routing_trace.hpp"
 
 namespace arcus {
@@ -62,7 +64,12 @@ class Run {
         hooks_(hooks),
         log_(options.run_dir, trainer.instance().world().rank(), trainer.steps_done()),
         last_save_(trainer.steps_done()),
-        last_eval_(agreed_last_eval()) {}
+        last_eval_(agreed_last_eval()) {
+    if (hooks.saver != nullptr) trainer.set_saving([&hooks] { return hooks.saver->busy(); });
+  }
+  ~Run() { trainer_.set_saving({}); }
+  Run(const Run&) = delete;
+  Run& operator=(const Run&) = delete;
 
   RunEnd run() {
     const std::int64_t steps = trainer_.options().train.steps;
@@ -72,12 +79,14 @@ class Run {
       if (requests.time_up) end = RunEnd::time_up;
       if (requests.stop) end = RunEnd::stopped;
       if (trainer_.bad_steps_in_a_row() >= options_.max_bad_steps) end = RunEnd::diverged;
+      if (saving_ && !requests.saving) advance_save();
       if (end != RunEnd::finished || trainer_.steps_done() >= steps) break;
-      if (due(options_.checkpoint.every)) save(false);
+      if (due(options_.checkpoint.every)) start_save();
       if (due(options_.eval.every)) evaluate_now();
     }
     // A signal leaves little time: save first, and leave the evaluation to the resumed run.
-    if (trainer_.steps_done() != last_save_) save(true);
+    finish_save();
+    if (trainer_.steps_done() != last_save_ && hooks_.saver != nullptr) hooks_.saver->save();
     if (end == RunEnd::finished && trainer_.steps_done() != last_eval_) evaluate_now();
     return end;
   }
@@ -98,6 +107,7 @@ class Run {
     StepRequests requests{.stop = hooks_.stop_requested && hooks_.stop_requested(),
                           .time_up = time_is_up()};
     const std::int64_t next = trainer_.steps_done() + 1;
+    if (options_.verify_every > 0 && next % options_.verify_every == 0) cross_check(next);
     if (options_.trace_routing_every > 0 && next % options_.trace_routing_every == 0) trace(next);
     const StepMetrics metrics = trainer_.step(sampler_, requests);
     trainer_.set_observer({});
@@ -105,6 +115,15 @@ class Run {
     log_.write(metrics);
     if (hooks_.on_step) hooks_.on_step(metrics);
     return requests;
+  }
+
+  void cross_check(std::int64_t next) {
+    if (!cross_check_) cross_check_.emplace(trainer_.instance(), trainer_.options());
+    const CrossCheckResult result = cross_check_->run(sampler_, trainer_.steps_done());
+    if (!result.compared && !std::exchange(told_alone_, true)) {
+      spdlog::warn("run.verify_every: one rank has nobody to be compared with");
+    }
+    ARCUS_REQUIRE(result.suspects.empty(), ExitCode::comm, "{}", to_text(result, next));
   }
 
   /// Traces the routing of the step to come.
@@ -142,20 +161,58 @@ class Run {
     if (hooks_.on_eval) hooks_.on_eval(metrics);
   }
 
-  void save(bool last) {
-    if (!hooks_.save) return;
+  void start_save() {
+    if (hooks_.saver == nullptr) return;
+    if (saving_) {
+      if (is_root()) {
+        spdlog::warn(
+            "step {}: the checkpoint of step {} is still being written, so none is made of this "
+            "one; the disk is slower than checkpoint.every ({}) asks for",
+            trainer_.steps_done(), saved_step_, options_.checkpoint.every);
+      }
+      return;
+    }
+    saved_step_ = trainer_.steps_done();
+    try_to_save([&] {
+      saving_ = hooks_.saver->start();
+      if (!saving_) last_save_ = saved_step_;
+    });
+  }
+
+  void advance_save() {
+    try_to_save([&] {
+      if (!hooks_.saver->advance()) return;
+      saving_ = false;
+      last_save_ = saved_step_;
+    });
+  }
+
+  void finish_save() {
+    if (!saving_) return;
+    try_to_save([&] {
+      hooks_.saver->finish();
+      saving_ = false;
+      last_save_ = saved_step_;
+    });
+  }
+
+  /// A save that fails is none; the run goes on.
+  template <class Fn>
+  void try_to_save(Fn&& fn) {
     try {
-      hooks_.save();
-      last_save_ = trainer_.steps_done();
+      fn();
     } catch (const Error& error) {
-      if (last || error.code() != ExitCode::checkpoint) throw;
-      if (trainer_.instance().world().rank() != 0) return;
+      saving_ = false;
+      if (error.code() != ExitCode::checkpoint) throw;
+      if (!is_root()) return;
       spdlog::error(
           "the checkpoint of step {} was not saved in {}: {}; training goes on, earlier "
           "checkpoints are as they were",
-          trainer_.steps_done(), options_.run_dir.string(), error.what());
+          saved_step_, options_.run_dir.string(), error.what());
     }
   }
+
+  bool is_root() { return trainer_.instance().world().rank() == 0; }
 
   Trainer& trainer_;
   const BatchSampler& sampler_;
@@ -165,7 +222,11 @@ class Run {
   const RunHooks& hooks_;
   MetricsLog log_;
   std::optional<RoutingTrace> trace_;
-  std::int64_t last_save_;
+  std::optional<CrossCheck> cross_check_;
+  bool told_alone_ = false;
+  std::int64_t last_save_;       ///< step of the last complete checkpoint
+  bool saving_ = false;          ///< one is under way, of saved_step_
+  std::int64_t saved_step_ = 0;  ///< where the last save began
   std::int64_t last_eval_;
   std::chrono::steady_clock::time_point begin_ = std::chrono::steady_clock::now();
 };

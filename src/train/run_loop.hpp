@@ -15,14 +15,30 @@ struct RunOptions {
   double max_minutes = 0;                ///< wall-clock limit, 0 = none
   std::int64_t max_bad_steps = 10;       ///< non-finite steps in a row before the run ends
   std::int64_t trace_routing_every = 0;  ///< 0 = never
+  std::int64_t verify_every = 0;         ///< 0 = never
   std::filesystem::path run_dir;         ///< metrics.jsonl and traces go there
+};
+
+/// Saves checkpoints of a run. An Error from a save that is not the last one is a warning: the run
+/// goes on and the previous checkpoint stands.
+class RunSaver {
+ public:
+  virtual ~RunSaver() = default;
+  /// Saves, and returns when the checkpoint is there. Collective.
+  virtual void save() = 0;
+  /// Begins a save and returns true, or saves at once and returns false. Collective.
+  virtual bool start() = 0;
+  /// This rank is still writing.
+  virtual bool busy() = 0;
+  /// To be called when no rank is; true when the checkpoint is there. Collective.
+  virtual bool advance() = 0;
+  /// Waits until it is. Collective.
+  virtual void finish() = 0;
 };
 
 /// Calls back into the program that runs the trainer.
 struct RunHooks {
-  /// Saves a checkpoint; collective. An Error from a save that is not the last one is a warning:
-  /// the run goes on and the previous checkpoint stands.
-  std::function<void()> save;
+  RunSaver* saver = nullptr;  ///< null: nothing is saved
   /// True once a signal has asked this rank to stop.
   std::function<bool()> stop_requested;
   std::function<void(const StepMetrics&)> on_step;  ///< on every rank
@@ -37,7 +53,8 @@ enum class RunEnd {
 };
 
 /// Steps until the end, with evaluations, checkpoints and metrics.jsonl (written by rank 0).
-/// However the run ends, everything is saved. Collective.
+/// However the run ends, everything is saved; but an Error (comm) where ranks compute differently
+/// (verify_every), since the state may be wrong already. Collective.
 RunEnd run_training(Trainer& trainer, const BatchSampler& sampler, const TokenDataset& dataset,
                     const DataConfig& data, const RunOptions& options, const RunHooks& hooks);
 

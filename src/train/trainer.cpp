@@ -182,19 +182,22 @@ void Trainer::reduce_counts(std::int64_t sent_before, double comm_before) {
   metrics_.timing.rank_load =
       all > 0 ? static_cast<double>(most * schedule_.num_ranks) / static_cast<double>(all) : 1;
   metrics_.timing.comm_bytes = counts_.back();
-  metrics_.timing.comm_ms =
-      static_cast<double>(*std::max_element(micros.begin(), micros.end())) / 1e3;
+  const auto [least_wait, most_wait] = std::minmax_element(micros.begin(), micros.end());
+  metrics_.timing.comm_ms = static_cast<double>(*most_wait) / 1e3;
+  // Who waits least is who the others wait for.
+  metrics_.timing.straggler = least_wait - micros.begin();
+  metrics_.timing.straggler_ms = static_cast<double>(*most_wait - *least_wait) / 1e3;
 }
 
 std::int64_t Trainer::agree(StepRequests& requests) {
   const Span span(instance_->stream(), "metrics");
   // The largest of the negated keys is the lowest key.
-  std::int64_t news[3] = {-instance_->params().bad_leaf().load(), requests.stop ? 1 : 0,
-                          requests.time_up ? 1 : 0};
+  std::int64_t news[4] = {-instance_->params().bad_leaf().load(), requests.stop ? 1 : 0,
+                          requests.time_up ? 1 : 0, saving_ && saving_() ? 1 : 0};
   Stream& stream = instance_->stream();
   stream.wait(instance_->world().all_reduce(
-      stream, {.buffer = {news, DType::i64, 1, 3}, .op = ReduceOp::max}));
-  requests = {news[1] != 0, news[2] != 0};
+      stream, {.buffer = {news, DType::i64, 1, 4}, .op = ReduceOp::max}));
+  requests = {news[1] != 0, news[2] != 0, news[3] != 0};
   return -news[0];
 }
 
@@ -254,7 +257,9 @@ const StepMetrics& Trainer::step(const BatchSampler& sampler, StepRequests& requ
   for (std::int64_t round = 0; round < schedule_.rounds(); ++round) run_round(sampler, round);
 
   gather_scalars();
-  update(agree(requests));
+  const std::int64_t bad_leaf = agree(requests);
+  if (before_update_) before_update_();
+  update(bad_leaf);
   reduce_counts(sent_before, comm_before);
   if (metrics_.applied) {
     const auto counts = std::span<const std::int64_t>(counts_);

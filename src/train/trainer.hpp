@@ -32,6 +32,7 @@ InstanceOptions instance_options(const TrainerOptions& options);
 struct StepRequests {
   bool stop = false;     ///< a signal: save and end
   bool time_up = false;  ///< the run's wall-clock limit: save and end
+  bool saving = false;   ///< out: some rank is still writing a checkpoint (set_saving)
 };
 
 /// One training run on this rank: micro-batches -> reduce -> clip -> AdamW. Collective calls, in
@@ -61,6 +62,10 @@ class Trainer {
   std::int64_t optimizer_bytes() const { return optimizer_.bytes(); }
   void set_observer(RoutingObserver observer) { observer_ = std::move(observer); }
   void set_heartbeat(Heartbeat heartbeat);
+  /// Asked at a step's end: whether this rank is still writing a checkpoint.
+  void set_saving(std::function<bool()> fn) { saving_ = std::move(fn); }
+  /// `fn` is called in every step before anything that `state` names changes.
+  void set_before_update(std::function<void()> fn) { before_update_ = std::move(fn); }
   /// The heartbeat for one layer of a pass, for evaluations between steps; may be empty.
   const std::function<void(std::int64_t layer, const char* what)>& layer_heartbeat() const {
     return layer_heartbeat_;
@@ -95,6 +100,8 @@ class Trainer {
   std::vector<std::int64_t> counters_ = std::vector<std::int64_t>(kNumCounters, 0);
   RoutingObserver observer_;
   Heartbeat heartbeat_;
+  std::function<bool()> saving_;
+  std::function<void()> before_update_;
   std::function<void(std::int64_t, const char*)> layer_heartbeat_;
 };
 

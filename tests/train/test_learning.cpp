@@ -109,12 +109,19 @@ TEST_F(Learning, ARunThatDivergesStopsWithEverythingSaved) {
   options.train.grad_clip = 0;
   TrainingRun run(*self_, 1, options, dataset_);
   run.trainer().initialize();
-  int saves = 0;
+  struct CountingSaver final : RunSaver {
+    int saves = 0;
+    void save() override { ++saves; }
+    bool start() override { return false; }
+    bool busy() override { return false; }
+    bool advance() override { return true; }
+    void finish() override {}
+  } saver;
   const RunOptions run_options{.max_bad_steps = 3, .run_dir = folder_.path()};
-  const RunHooks hooks{.save = [&] { ++saves; }};
+  const RunHooks hooks{.saver = &saver};
   EXPECT_EQ(run_training(run.trainer(), run.sampler(), dataset_, {}, run_options, hooks),
             RunEnd::diverged);
-  EXPECT_EQ(saves, 1);
+  EXPECT_EQ(saver.saves, 1);
   EXPECT_LT(run.trainer().steps_done(), 40);
 }
 

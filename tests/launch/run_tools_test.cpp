@@ -1,0 +1,152 @@
+// What is done about runs: comparing two, looking at one, starting one again.
+#include <nlohmann/json.hpp>
+
+#include "tests/launch/training_commands.hpp"
+
+namespace arcus {
+namespace {
+
+namespace fs = std::filesystem;
+using Json = nlohmann::json;
+
+class RunTools : public testing_commands::TrainingCommands {};
+
+TEST_F(RunTools, DiffFindsNothingBetweenLayoutsAndTheStepWhereRunsPart) {
+  const std::string logged =
+      "--set run.digest_every=2 --set checkpoint.every=6 --set checkpoint.keep=9 "
+      "--set checkpoint.background=false ";
+  ASSERT_EQ(arcus(0, train("one", logged)).code, 0);
+  ASSERT_EQ(arcus(2, train("two", logged)).code, 0);
+  const std::string pair = "diff " + run_dir("one").string() + " ";
+  const ShellResult same = arcus(0, pair + run_dir("two").string());
+  EXPECT_EQ(same.code, 0) << same.out;
+  EXPECT_TRUE(contains(same.out, "metrics      equal at all 20 common steps")) << same.out;
+  EXPECT_TRUE(contains(same.out, "digests      equal at all 10 common steps, 2 to 20")) << same.out;
+  EXPECT_TRUE(contains(same.out, "checkpoints  equal at all")) << same.out;
+
+  // Written while training went on: the same as what it waited for.
+  ASSERT_EQ(arcus(2, train("meanwhile", logged + "--set checkpoint.background=true")).code, 0);
+  const ShellResult meanwhile = arcus(0, pair + run_dir("meanwhile").string());
+  EXPECT_EQ(meanwhile.code, 0) << meanwhile.out;
+
+  // The same up to step 12; another learning rate from there.
+  fs::copy(run_dir("one"), run_dir("other"), fs::copy_options::recursive);
+  for (const char* step : {"step-00000018", "step-00000020"}) {
+    fs::remove_all(run_dir("other") / "checkpoints" / step);
+  }
+  const ShellResult resumed =
+      arcus(0, train("other", logged + "--set train.lr=0.5 --resume " +
+                                  (run_dir("other") / "checkpoints" / "step-00000012").string()));
+  ASSERT_EQ(resumed.code, 0) << resumed.out;
+  const ShellResult differ = arcus(0, pair + run_dir("other").string());
+  EXPECT_EQ(differ.code, 1) << differ.out;
+  EXPECT_TRUE(contains(differ.out, "metrics      part at step 13")) << differ.out;
+  EXPECT_TRUE(contains(differ.out, "lr: ")) << differ.out;
+  EXPECT_TRUE(contains(differ.out, "digests      part at step 14")) << differ.out;
+  EXPECT_TRUE(contains(differ.out, "experts.gate_proj.weight[")) << differ.out;
+
+  EXPECT_EQ(arcus(0, pair + data()).code, 64);
+  EXPECT_EQ(arcus(0, pair + "nowhere").code, 64);
+}
+
+TEST_F(RunTools, StatusReadsARunFromItsFolder) {
+  ASSERT_EQ(arcus(2, train("seen")).code, 0);
+  const std::string run = run_dir("seen").string();
+  const ShellResult text = arcus(0, "status " + run);
+  EXPECT_EQ(text.code, 0) << text.out;
+  EXPECT_TRUE(contains(text.out, "step        20 of 20, loss ")) << text.out;
+  EXPECT_TRUE(contains(text.out, "nobody holds it")) << text.out;
+  EXPECT_TRUE(contains(text.out, "step-00000020")) << text.out;
+  const Json json = Json::parse(arcus(0, "status --json " + run).out, nullptr, false);
+  ASSERT_TRUE(json.is_object());
+  EXPECT_EQ(json["step"], 20);
+  EXPECT_EQ(json["running"], false);
+  EXPECT_GT(json["tokens_per_s"], 0);
+  EXPECT_EQ(arcus(0, "status " + data()).code, 64);
+}
+
+/// A script that stands for `mpirun arcus train`: fails as often as the file of its name says.
+class Supervise : public RunTools {
+ protected:
+  /// `body` sees $n, the number of this start.
+  static std::string script(const std::string& name, const std::string& body) {
+    const fs::path file = folder_ / (name + ".sh");
+    std::ofstream(file) << "n=$(cat " << file.string()
+                        << ".n 2>/dev/null || echo 0); n=$((n + 1)); "
+                        << "echo $n >" << file.string() << ".n\n"
+                        << body << "\n";
+    return "sh " + file.string();
+  }
+  static int starts(const std::string& name) {
+    return std::atoi(testing_commands::read_file(folder_ / (name + ".sh.n")).c_str());
+  }
+  static std::string supervise(const std::string& run, const std::string& options,
+                               const std::string& command) {
+    fs::create_directories(run_dir(run));
+    return "supervise --backoff 0.05 --run " + run_dir(run).string() + " " + options + " -- " +
+           command;
+  }
+};
+
+TEST_F(Supervise, StartsAgainWhatGetsOnUntilItIsDone) {
+  const std::string metrics = (run_dir("goes_on") / "metrics.jsonl").string();
+  const std::string command =
+      script("goes_on", "echo \"{\\\"step\\\": $n}\" >>" + metrics + "; [ $n -ge 4 ] || exit 137");
+  const ShellResult result = arcus(0, supervise("goes_on", "", command));
+  EXPECT_EQ(result.code, 0) << result.out;
+  EXPECT_EQ(starts("goes_on"), 4);
+  EXPECT_TRUE(contains(result.out, "exit code 137 (signal 9) after step 3")) << result.out;
+}
+
+TEST_F(Supervise, GivesUpWhatFailsTwiceInTheSameWay) {
+  const ShellResult same = arcus(0, supervise("same", "", script("same", "exit 69")));
+  EXPECT_EQ(same.code, 69) << same.out;
+  EXPECT_EQ(starts("same"), 2);
+  EXPECT_TRUE(contains(same.out, "second time at step 1 in the same way")) << same.out;
+  const ShellResult others =
+      arcus(0, supervise("others", "--retries 3", script("others", "exit $((80 + n))")));
+  EXPECT_EQ(others.code, 84) << others.out;
+  EXPECT_EQ(starts("others"), 4);
+}
+
+TEST_F(Supervise, LeavesAloneWhatAnotherStartCannotMend) {
+  for (const int code : {0, 64, 65, 66, 75}) {
+    const std::string name = "final" + std::to_string(code);
+    EXPECT_EQ(arcus(0, supervise(name, "", script(name, "exit " + std::to_string(code)))).code,
+              code);
+    EXPECT_EQ(starts(name), 1);
+  }
+  EXPECT_EQ(arcus(0, "supervise -- sleep 1").code, 64) << "no run folder";
+}
+
+TEST_F(Supervise, TakesTheHostsThatAnswer) {
+  const ShellResult result =
+      arcus(0, supervise("hosts", "--hosts a:2,b:3,c:4 --probe 'test {host} != b'",
+                         "echo hosts {hosts} ranks {ranks}"));
+  EXPECT_EQ(result.code, 0) << result.out;
+  EXPECT_TRUE(contains(result.out, "hosts a:2,c:4 ranks 6")) << result.out;
+  EXPECT_TRUE(contains(result.out, "b does not answer")) << result.out;
+}
+
+TEST_F(Supervise, ARunWhoseRankIsKilledEndsLikeAnUndisturbedOne) {
+  const std::string some = "--set checkpoint.every=3 --set checkpoint.background=false ";
+  ASSERT_EQ(arcus(0, train("quiet", some)).code, 0);
+  // The first start loses a rank after a few steps; the second has one rank less.
+  const std::string metrics = (run_dir("killed") / "metrics.jsonl").string();
+  const std::string command = script(
+      "killed",
+      "kill_one() { while [ $(cat " + metrics +
+          " 2>/dev/null | wc -l) -lt 6 ]; do sleep 0.01; done; pkill -9 -n -f 'set.run.dir=" +
+          run_dir("killed").string() + "' ; }\n" + "[ $n -ge 2 ] || kill_one &\n" +
+          std::string(ARCUS_MPIRUN) + " -np $((4 - n)) " + ARCUS_BINARY + " " +
+          train("killed", some));
+  const ShellResult result = arcus(0, supervise("killed", "", command));
+  EXPECT_EQ(result.code, 0) << result.out;
+  EXPECT_GE(starts("killed"), 2) << "nothing was killed: " << result.out;
+  EXPECT_EQ(digest("killed"), digest("quiet"));
+  EXPECT_EQ(testing_commands::metrics_without_timing(run_dir("killed")),
+            testing_commands::metrics_without_timing(run_dir("quiet")));
+}
+
+}  // namespace
+}  // namespace arcus
