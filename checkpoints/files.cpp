@@ -84,7 +84,7 @@ std::string read_text(const std::filesystem::path& path) {
   }
 }
 
-std::uint64_t hash(const std::filesystem::path& path) {
+std::uint64_t hash(const std::filesystem::path& path, std::atomic<std::int64_t>* progress) {
   const Descriptor file(path, O_RDONLY);
   std::vector<char> buffer(std::size_t{1} << 20);
   StreamHash hash;
@@ -94,6 +94,7 @@ std::uint64_t hash(const std::filesystem::path& path) {
     if (got < 0) fail("read", path);
     if (got == 0) return hash.digest();
     hash.update(buffer.data(), static_cast<std::size_t>(got));
+    if (progress != nullptr) ++*progress;
   }
 }
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <filesystem>
 #include <string>
@@ -21,7 +22,9 @@ void rename_synced(const std::filesystem::path& from, const std::filesystem::pat
 bool exchange_synced(const std::filesystem::path& from, const std::filesystem::path& to);
 
 std::string read_text(const std::filesystem::path& path);
-std::uint64_t hash(const std::filesystem::path& path);
+/// `progress`, if given, grows as it reads.
+std::uint64_t hash(const std::filesystem::path& path,
+                   std::atomic<std::int64_t>* progress = nullptr);
 
 int open_for_reading(const std::filesystem::path& path);
 /// Reads exactly `bytes` bytes; `path` is for messages.

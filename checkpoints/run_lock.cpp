@@ -7,8 +7,10 @@
 
 #include <array>
 #include <cerrno>
+#include <chrono>
 #include <cstring>
 #include <string>
+#include <thread>
 
 #include "src/base/error.hpp"
 #include "src/base/host.hpp"
@@ -34,7 +36,13 @@ RunLock::RunLock(const std::filesystem::path& run_dir) {
   descriptor_ = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
   ARCUS_REQUIRE(descriptor_ >= 0, ExitCode::usage, "cannot open {}: {}; choose another [run] dir",
                 path.string(), std::strerror(errno));
-  if (::flock(descriptor_, LOCK_EX | LOCK_NB) != 0) {
+  // `arcus status` holds it for a moment.
+  int failed = ::flock(descriptor_, LOCK_EX | LOCK_NB);
+  for (int i = 0; i < 5 && failed != 0 && errno == EWOULDBLOCK; ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(40));
+    failed = ::flock(descriptor_, LOCK_EX | LOCK_NB);
+  }
+  if (failed != 0) {
     const bool taken = errno == EWOULDBLOCK;
     const std::string reason =
         taken ? "is in use by " + read_holder(descriptor_) : std::strerror(errno);

@@ -5,6 +5,7 @@
 
 #include "checkpoints/files.hpp"
 #include "checkpoints/layout.hpp"
+#include "src/base/host.hpp"
 #include "src/base/log.hpp"
 
 namespace arcus {
@@ -71,6 +72,7 @@ void CheckpointSaver::run(std::function<void()> work) {
   working_ = true;
   error_.reset();
   thread_ = std::thread([this, work = std::move(work)] {
+    use_all_processors();
     std::optional<Error> error;
     try {
       work();

@@ -190,7 +190,7 @@ StoredFile write_shard(const std::filesystem::path& folder, int rank, std::int64
   files::sync(path);
   ++progress;
   return {layout::shard_name(rank), static_cast<std::int64_t>(std::filesystem::file_size(path)),
-          files::hash(path)};
+          files::hash(path, &progress)};
 }
 
 std::string pack_report(const ShardContent& content, const StoredFile& file) {

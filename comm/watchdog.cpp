@@ -40,8 +40,10 @@ class StepTimes {
   void see(std::int64_t step, Clock::time_point now) {
     if (step == step_) return;
     // The first one began before anybody looked.
-    if (step_ >= 0 && step == step_ + 1 && ++seen_ > 1) {
-      last_.push_back(std::chrono::duration<double>(now - begin_).count());
+    if (step_ >= 0 && step > step_ && ++seen_ > 1) {
+      // Short steps pass by between two looks.
+      last_.push_back(std::chrono::duration<double>(now - begin_).count() /
+                      static_cast<double>(step - step_));
       if (last_.size() > kMost) last_.pop_front();
     }
     step_ = step;
@@ -346,7 +348,10 @@ class MpiWatchdog final : public Watchdog {
       : comm_(std::move(comm)),
         monitor_(std::make_unique<Monitor>(comm_.get(), stuck_after_s, std::move(hosts))),
         exceptions_(std::uncaught_exceptions()),
-        thread_([monitor = monitor_.get()] { monitor->run(); }) {}
+        thread_([monitor = monitor_.get()] {
+          use_all_processors();
+          monitor->run();
+        }) {}
 
   ~MpiWatchdog() override {
     if (std::uncaught_exceptions() > exceptions_) {

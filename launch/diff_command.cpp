@@ -95,17 +95,22 @@ void list_differences(const Json& a, const Json& b, const std::string& path,
                       : path);
 }
 
-/// Lines of metrics.jsonl by step, `timing` apart; evaluations under "eval".
-std::map<std::int64_t, Json> read_metrics(const fs::path& run) {
-  std::map<std::int64_t, Json> steps;
+/// metrics.jsonl by step, `timing` apart.
+struct Metrics {
+  std::map<std::int64_t, Json> steps, evaluations;
+};
+
+Metrics read_metrics(const fs::path& run) {
+  Metrics metrics;
   std::ifstream in(run / "metrics.jsonl");
   for (std::string text; std::getline(in, text);) {
     Json json = Json::parse(text, nullptr, false);
-    if (!json.is_object() || !json.contains("step")) continue;
+    if (!json.is_object() || !json.contains("step") || !json["step"].is_number_integer()) continue;
     json.erase("timing");
-    steps[json["step"].get<std::int64_t>()].update(json);
+    const auto step = json["step"].get<std::int64_t>();
+    (json.contains("eval") ? metrics.evaluations : metrics.steps)[step] = std::move(json);
   }
-  return steps;
+  return metrics;
 }
 
 std::vector<std::string> compare_metrics(const Json& a, const Json& b) {
@@ -144,7 +149,11 @@ std::vector<std::string> compare_digests(const DigestLine& a, const DigestLine& 
 std::map<std::int64_t, fs::path> checkpoints_of(const fs::path& run) {
   std::map<std::int64_t, fs::path> checkpoints;
   for (const fs::path& path : list_checkpoints(run)) {
-    checkpoints[open_checkpoint(path).info.step] = path;
+    try {
+      checkpoints[open_checkpoint(path).info.step] = path;
+    } catch (const Error& error) {
+      fmt::print(stderr, "arcus: warning: left out: {}\n", error.what());
+    }
   }
   return checkpoints;
 }
@@ -209,7 +218,10 @@ int diff(const Arguments& arguments) {
     ARCUS_REQUIRE(fs::is_directory(run), ExitCode::usage,
                   "{} is no run folder; give the run.dir of a run", run.string());
   }
-  const Finding metrics = compare_steps(read_metrics(a), read_metrics(b), compare_metrics);
+  const Metrics of_a = read_metrics(a);
+  const Metrics of_b = read_metrics(b);
+  const Finding metrics = compare_steps(of_a.steps, of_b.steps, compare_metrics);
+  const Finding evaluations = compare_steps(of_a.evaluations, of_b.evaluations, compare_metrics);
   const Finding digests = compare_steps(read_digests(a), read_digests(b), compare_digests);
   const Finding checkpoints =
       compare_steps(checkpoints_of(a), checkpoints_of(b), compare_checkpoints);
@@ -217,6 +229,7 @@ int diff(const Arguments& arguments) {
                 "{} and {} have no step in common; are both folders of runs?", a.string(),
                 b.string());
   bool differs = print("metrics", metrics, arguments.most);
+  differs = print("evaluations", evaluations, arguments.most) || differs;
   differs = print("digests", digests, arguments.most) || differs;
   differs = print("checkpoints", checkpoints, arguments.most) || differs;
   return differs ? 1 : static_cast<int>(ExitCode::ok);

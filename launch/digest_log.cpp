@@ -26,9 +26,11 @@ void DigestLog::write(std::int64_t step, const Checkpoint& state) {
       units.push_back(hex(tensor.unit_hash(unit)));
     }
   }
-  out_ << Json{{"step", step}, {"digest", hex(state.digest())}, {"tensors", std::move(tensors)}}
+  out_ << (broken_ ? "\n" : "")
+       << Json{{"step", step}, {"digest", hex(state.digest())}, {"tensors", std::move(tensors)}}
        << '\n'
        << std::flush;
+  broken_ = !out_;
   if (!out_ && !warned_) {
     spdlog::warn("cannot write {} (is the disk full?); training goes on", file_.string());
     warned_ = true;

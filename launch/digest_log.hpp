@@ -27,6 +27,7 @@ class DigestLog {
  private:
   std::filesystem::path file_;
   std::ofstream out_;
+  bool broken_ = false;  ///< the last line may stand there in part
   bool warned_ = false;
 };
 

@@ -23,7 +23,7 @@ CheckedPlan checked_plan(Session& session, const Config& config, const TrainerOp
     const std::int64_t ep_size = config.parallel.ep_size;
     checked.plan = make_plan(options, session.comm().size(), ranks_here, ep_size, num_threads);
     checked.background_saves =
-        config.checkpoint.background &&
+        config.checkpoint.background && config.checkpoint.every > 0 &&
         (least == kUnknown || checked.plan.worst_bytes() + checked.plan.state_bytes <= least);
     if (least == kUnknown) return;
     const MemoryFit fit = memory_fit(options, checked.plan, ranks_here, ep_size, least);

@@ -35,6 +35,7 @@ RecentMetrics read_recent_metrics(const std::filesystem::path& run, std::size_t 
     Json json = Json::parse(text, nullptr, false);
     if (!json.is_object() || !json.contains("step") || !json["step"].is_number_integer()) continue;
     if (json.contains("eval")) {
+      if (!json["eval"].is_object()) continue;
       recent.eval = std::move(json);
     } else {
       recent.steps.push_back(std::move(json));

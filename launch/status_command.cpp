@@ -165,6 +165,7 @@ int print_status(const Arguments& arguments) {
   if (!status.recent.eval.is_null()) {
     std::string text;
     for (const auto& [domain, values] : status.recent.eval["eval"].items()) {
+      if (!values.is_object()) continue;
       text +=
           fmt::format("  {} {} bits/byte", domain, values.value("bits_per_byte", Json()).dump());
     }

@@ -3,7 +3,9 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
+#include <charconv>
 #include <chrono>
 #include <csignal>
 #include <cstring>
@@ -50,6 +52,8 @@ constexpr const char* kFooter =
     "  arcus supervise --hosts n1:8,n2:8,n3:8 --probe 'ssh -o ConnectTimeout=5 {host} true' -- \\\n"
     "    mpirun -np {ranks} --host {hosts} arcus train my.toml";
 
+constexpr std::int64_t kMostRanks = 1 << 20;  ///< of a host
+
 struct Host {
   std::string name;
   std::int64_t ranks = 1;
@@ -62,8 +66,13 @@ std::vector<Host> parse_hosts(const std::string& text) {
     const std::string word = text.substr(begin, end - begin);
     const std::size_t colon = word.find(':');
     Host host{word.substr(0, colon)};
-    if (colon != std::string::npos) host.ranks = std::atoll(word.c_str() + colon + 1);
-    ARCUS_REQUIRE(!host.name.empty() && host.ranks >= 1, ExitCode::usage,
+    bool number = true;
+    if (colon != std::string::npos) {
+      const char* last = word.data() + word.size();
+      const auto [rest, error] = std::from_chars(word.data() + colon + 1, last, host.ranks);
+      number = error == std::errc() && rest == last && host.ranks <= kMostRanks;
+    }
+    ARCUS_REQUIRE(!host.name.empty() && number && host.ranks >= 1, ExitCode::usage,
                   "--hosts: \"{}\" is no HOST or HOST:RANKS", word);
     hosts.push_back(std::move(host));
     begin = end + 1;
@@ -78,20 +87,32 @@ std::string replaced(std::string text, const std::string& what, const std::strin
   return text;
 }
 
+/// The words behind `train` of an `arcus train` command, with --key=value as two words; empty where
+/// there is none.
+std::vector<std::string> training_words(const std::vector<std::string>& command) {
+  std::vector<std::string> words;
+  const auto train = std::find(command.begin(), command.end(), "train");
+  for (auto word = train; word != command.end(); ++word) {
+    const std::size_t equals = word->starts_with("--") ? word->find('=') : std::string::npos;
+    words.push_back(word->substr(0, equals));
+    if (equals != std::string::npos) words.push_back(word->substr(equals + 1));
+  }
+  return words;
+}
+
 /// The run folder of the `arcus train CONFIG --set ...` inside a command; empty where there is
 /// none.
 std::string run_dir_of(const std::vector<std::string>& command) {
-  const auto train = std::find(command.begin(), command.end(), "train");
-  if (train == command.end()) return {};
+  const std::vector<std::string> words = training_words(command);
   std::string config;
   std::vector<std::string> sets;
-  for (auto word = train + 1; word != command.end(); ++word) {
-    const bool takes_value = *word == "--set" || *word == "--resume";
-    if (*word == "--set" && word + 1 != command.end()) sets.push_back(*(word + 1));
-    if (takes_value && word + 1 != command.end()) {
-      ++word;
-    } else if (!word->starts_with("-") && config.empty()) {
-      config = *word;
+  for (std::size_t i = 1; i < words.size(); ++i) {
+    const bool takes_value = words[i] == "--set" || words[i] == "--resume";
+    if (words[i] == "--set" && i + 1 < words.size()) sets.push_back(words[i + 1]);
+    if (takes_value) {
+      ++i;
+    } else if (!words[i].starts_with("-") && config.empty()) {
+      config = words[i];
     }
   }
   if (config.empty()) return {};
@@ -100,29 +121,62 @@ std::string run_dir_of(const std::vector<std::string>& command) {
   return loaded.config.run.dir;
 }
 
+/// What --resume asks for is meant for the first start: later ones go on from the run's latest
+/// checkpoint.
+void resume_automatically(std::vector<std::string>& command) {
+  const auto train = std::find(command.begin(), command.end(), "train");
+  for (auto word = train; word != command.end(); ++word) {
+    if (word->starts_with("--resume=")) *word = "--resume=auto";
+    if (*word == "--resume" && word + 1 != command.end()) *(word + 1) = "auto";
+  }
+}
+
 // What signal handlers may touch.
 volatile std::sig_atomic_t child_pid = 0;
 volatile std::sig_atomic_t last_signal = 0;
 
-extern "C" void pass_on(int number) {
+/// A terminal's Ctrl-C reaches the child without us, and a second one would mean "at once".
+extern "C" void pass_on(int number, siginfo_t* info, void* /*context*/) {
   last_signal = number;
-  if (child_pid > 0) ::kill(static_cast<pid_t>(child_pid), number);
+  if (child_pid > 0 && info->si_code != SI_KERNEL) ::kill(static_cast<pid_t>(child_pid), number);
 }
 
-/// Starts a command and waits for it: its exit code, 128 + the signal that ended it.
-int run_command(const std::vector<std::string>& words) {
+constexpr std::array<int, 3> kSignals{SIGUSR1, SIGTERM, SIGINT};
+
+void set_handlers() {
+  struct sigaction action = {};
+  action.sa_sigaction = pass_on;
+  action.sa_flags = SA_SIGINFO | SA_RESTART;
+  sigemptyset(&action.sa_mask);
+  for (const int number : kSignals) sigaction(number, &action, nullptr);
+}
+
+/// Starts a command and waits for it: its exit code, 128 + the signal that ended it. Signals are
+/// passed on to it if it is the `main` one.
+int run_command(const std::vector<std::string>& words, bool main) {
   std::vector<char*> argv;
   for (const std::string& word : words) argv.push_back(const_cast<char*>(word.c_str()));
   argv.push_back(nullptr);
+  // None may come between fork and the child's own handlers, or before the child is known.
+  sigset_t blocked, before;
+  sigemptyset(&blocked);
+  for (const int number : kSignals) sigaddset(&blocked, number);
+  sigprocmask(SIG_BLOCK, &blocked, &before);
+  if (main && last_signal != 0) {
+    sigprocmask(SIG_SETMASK, &before, nullptr);
+    return 128 + last_signal;
+  }
   const pid_t pid = ::fork();
-  ARCUS_REQUIRE(pid >= 0, ExitCode::usage, "cannot start {}: {}", words[0], std::strerror(errno));
   if (pid == 0) {
+    for (const int number : kSignals) std::signal(number, SIG_DFL);
+    sigprocmask(SIG_SETMASK, &before, nullptr);
     ::execvp(argv[0], argv.data());
     fmt::print(stderr, "arcus: error: cannot start {}: {}\n", words[0], std::strerror(errno));
     ::_exit(static_cast<int>(ExitCode::usage));
   }
-  child_pid = pid;
-  if (last_signal != 0) ::kill(pid, last_signal);  // it came between two children
+  child_pid = main && pid > 0 ? pid : 0;
+  sigprocmask(SIG_SETMASK, &before, nullptr);
+  ARCUS_REQUIRE(pid > 0, ExitCode::usage, "cannot start {}: {}", words[0], std::strerror(errno));
   int status = 0;
   while (::waitpid(pid, &status, 0) < 0 && errno == EINTR) {
   }
@@ -142,6 +196,7 @@ class Supervisor {
  public:
   explicit Supervisor(const Arguments& arguments)
       : arguments_(arguments),
+        command_(arguments.command),
         run_(!arguments.run.empty() ? arguments.run : run_dir_of(arguments.command)),
         hosts_(parse_hosts(arguments.hosts)) {
     ARCUS_REQUIRE(
@@ -153,24 +208,30 @@ class Supervisor {
   }
 
   int run() {
-    for (const int number : {SIGUSR1, SIGTERM, SIGINT}) std::signal(number, pass_on);
+    set_handlers();
     for (std::int64_t restarts = 0;; ++restarts) {
       const std::int64_t before = last_step(run_);
-      const int code = run_command(command());
-      if (is_final(code) || last_signal != 0) return code;
+      const auto log_before = log_size();
+      const auto words = command();
+      // Without hosts: as if it had been tried.
+      const int code = words.empty() ? static_cast<int>(ExitCode::comm) : run_command(words, true);
+      if (last_signal != 0 || is_final(code)) return code;
       const std::int64_t step = last_step(run_);
       say(fmt::format("the command ended with {} after step {}", describe(code), step));
-      if (failed_ == std::pair(step, code)) {
+      const bool began = log_size() != log_before;
+      if (began && failed_ == std::pair(step, code)) {
         say(fmt::format("that is the second time at step {} in the same way: giving up", step + 1));
         return code;
       }
-      failed_ = std::pair(step, code);
+      // What ends before the run has begun (a node that is not back yet) is no failure of a step.
+      if (began) failed_ = std::pair(step, code);
       if (restarts == arguments_.retries) {
         say(fmt::format("started again {} times (--retries): giving up", restarts));
         return code;
       }
       wait(step > before);
-      if (last_signal != 0) return code;
+      if (last_signal != 0) return 128 + last_signal;
+      resume_automatically(command_);
     }
   }
 
@@ -196,7 +257,14 @@ class Supervisor {
     }
   }
 
-  /// The command on the hosts that answer.
+  /// run.log grows when a run begins.
+  std::uintmax_t log_size() const {
+    std::error_code error;
+    const std::uintmax_t size = fs::file_size(run_ / "run.log", error);
+    return error ? 0 : size;
+  }
+
+  /// The command on the hosts that answer; empty where none does.
   std::vector<std::string> command() const {
     std::string names;
     std::int64_t ranks = 0;
@@ -208,8 +276,11 @@ class Supervisor {
       names += fmt::format("{}{}:{}", names.empty() ? "" : ",", host.name, host.ranks);
       ranks += host.ranks;
     }
-    ARCUS_REQUIRE(hosts_.empty() || ranks > 0, ExitCode::comm, "no host answers the probe");
-    std::vector<std::string> words = arguments_.command;
+    if (!hosts_.empty() && ranks == 0) {
+      say("no host answers the probe");
+      return {};
+    }
+    std::vector<std::string> words = command_;
     if (hosts_.empty()) return words;
     for (std::string& word : words) {
       word = replaced(replaced(word, "{hosts}", names), "{ranks}", std::to_string(ranks));
@@ -219,10 +290,11 @@ class Supervisor {
 
   bool answers(const Host& host) const {
     if (arguments_.probe.empty()) return true;
-    return run_command({"sh", "-c", replaced(arguments_.probe, "{host}", host.name)}) == 0;
+    return run_command({"sh", "-c", replaced(arguments_.probe, "{host}", host.name)}, false) == 0;
   }
 
   const Arguments& arguments_;
+  std::vector<std::string> command_;
   fs::path run_;
   std::vector<Host> hosts_;
   std::optional<std::pair<std::int64_t, int>> failed_;  ///< step and exit code

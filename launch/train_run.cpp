@@ -211,7 +211,7 @@ void TrainRun::print_plan(const CheckedPlan& checked) const {
   for (const std::string& line : keys_without_effect(config_)) spdlog::warn("{}", line);
   log_lines(to_text(checked.plan));
   if (!checked.tight.empty()) spdlog::warn("{}", checked.tight);
-  if (config_.checkpoint.background && !checked.background_saves) {
+  if (config_.checkpoint.background && config_.checkpoint.every > 0 && !checked.background_saves) {
     spdlog::warn(
         "training waits for checkpoints to be written: no memory for a copy of the state ({}); "
         "checkpoint.background = false says that this is meant",

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <map>
 #include <set>
+#include <utility>
 
 #include "src/base/hash.hpp"
 
@@ -43,13 +44,15 @@ void add_suspects(const std::vector<Opinion>& opinions, CrossCheckResult& result
 
 }  // namespace
 
-CrossCheck::CrossCheck(ModelInstance& instance, const TrainerOptions& options)
+CrossCheck::CrossCheck(ModelInstance& instance, const TrainerOptions& options,
+                       std::function<void(std::int64_t, const char*)> heartbeat)
     : instance_(&instance),
       options_(options),
       schedule_{instance.options().num_micro_batches, instance.world().size()},
       workspace_(instance.transformer().make_workspace()),
       buffers_(options.train.micro_batch_seqs, options.train.seq_len),
-      stats_(instance.transformer().make_stats()) {}
+      stats_(instance.transformer().make_stats()),
+      heartbeat_(std::move(heartbeat)) {}
 
 /// Hash of what a pass over micro-batch `number` (-1: none) leaves on this rank.
 std::uint64_t CrossCheck::digest_of_pass(const BatchSampler& sampler, std::int64_t steps_done,
@@ -66,9 +69,11 @@ std::uint64_t CrossCheck::digest_of_pass(const BatchSampler& sampler, std::int64
   }
   PassContext ctx = instance_->pass(batch, stats_);
   ctx.step = steps_done;
+  if (heartbeat_) ctx.heartbeat = &heartbeat_;
   instance_->transformer().train(ctx, instance_->params(), instance_->dispatcher(), workspace_,
                                  train.recompute);
   instance_->params().complete_sums(stream);
+  if (heartbeat_) heartbeat_(0, "cross-check");
   const bool experts = instance_->groups().edp->size() > 1;
   StreamHash hash;
   for (const FlatId flat : kFlatIds) {

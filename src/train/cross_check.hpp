@@ -25,7 +25,9 @@ struct CrossCheckResult {
 /// stay on their rank, and only the dense part is checked.
 class CrossCheck {
  public:
-  CrossCheck(ModelInstance& instance, const TrainerOptions& options);
+  /// `heartbeat` is called as the passes go on, with the layer; may be empty.
+  CrossCheck(ModelInstance& instance, const TrainerOptions& options,
+             std::function<void(std::int64_t layer, const char* what)> heartbeat = {});
   /// Of one round of the step after `steps_done`; a different one each time. Collective.
   CrossCheckResult run(const BatchSampler& sampler, std::int64_t steps_done);
 
@@ -39,6 +41,7 @@ class CrossCheck {
   Transformer::Workspace workspace_;
   BatchBuffers buffers_;
   MicroBatchStats stats_;
+  std::function<void(std::int64_t, const char*)> heartbeat_;
 };
 
 /// One sentence on a result with suspects; `step` is the one about to be done.

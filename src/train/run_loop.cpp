@@ -118,7 +118,8 @@ class Run {
   }
 
   void cross_check(std::int64_t next) {
-    if (!cross_check_) cross_check_.emplace(trainer_.instance(), trainer_.options());
+    if (!cross_check_)
+      cross_check_.emplace(trainer_.instance(), trainer_.options(), trainer_.layer_heartbeat());
     const CrossCheckResult result = cross_check_->run(sampler_, trainer_.steps_done());
     if (!result.compared && !std::exchange(told_alone_, true)) {
       spdlog::warn("run.verify_every: one rank has nobody to be compared with");
@@ -163,11 +164,14 @@ class Run {
 
   void start_save() {
     if (hooks_.saver == nullptr) return;
+    const std::int64_t keep_every = options_.checkpoint.keep_every;
+    if (saving_ && keep_every > 0 && trainer_.steps_done() % keep_every == 0) finish_save();
     if (saving_) {
-      if (is_root()) {
+      if (is_root() && !std::exchange(told_left_out_, true)) {
         spdlog::warn(
-            "step {}: the checkpoint of step {} is still being written, so none is made of this "
-            "one; the disk is slower than checkpoint.every ({}) asks for",
+            "step {}: no checkpoint, since that of step {} is still being written; saves take "
+            "longer "
+            "than checkpoint.every ({}) steps, so some will be left out",
             trainer_.steps_done(), saved_step_, options_.checkpoint.every);
       }
       return;
@@ -224,8 +228,9 @@ class Run {
   std::optional<RoutingTrace> trace_;
   std::optional<CrossCheck> cross_check_;
   bool told_alone_ = false;
-  std::int64_t last_save_;       ///< step of the last complete checkpoint
-  bool saving_ = false;          ///< one is under way, of saved_step_
+  std::int64_t last_save_;  ///< step of the last complete checkpoint
+  bool saving_ = false;     ///< one is under way, of saved_step_
+  bool told_left_out_ = false;
   std::int64_t saved_step_ = 0;  ///< where the last save began
   std::int64_t last_eval_;
   std::chrono::steady_clock::time_point begin_ = std::chrono::steady_clock::now();

@@ -59,8 +59,8 @@ TEST(StepAccount, RowsAddUpToTheStep) {
     const Span step(stream, "step");
     std::this_thread::sleep_for(2ms);
     {
-      // 4 ms of an op on two threads: 3 ms of products on each, half of it at the peak, a quarter of
-      // the operations on zero rows.
+      // 4 ms of an op on two threads: 3 ms of products on each, half of it at the peak, a quarter
+      // of the operations on zero rows.
       const Span op(stream, "ffn_forward");
       for (int thread = 0; thread < 2; ++thread) {
         auto& work = profile.work(thread);

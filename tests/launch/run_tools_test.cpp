@@ -73,7 +73,8 @@ class Supervise : public RunTools {
     const fs::path file = folder_ / (name + ".sh");
     std::ofstream(file) << "n=$(cat " << file.string()
                         << ".n 2>/dev/null || echo 0); n=$((n + 1)); "
-                        << "echo $n >" << file.string() << ".n\n"
+                        << "echo $n >" << file.string() << ".n; echo >>"
+                        << (run_dir(name) / "run.log").string() << "\n"
                         << body << "\n";
     return "sh " + file.string();
   }
@@ -117,6 +118,31 @@ TEST_F(Supervise, LeavesAloneWhatAnotherStartCannotMend) {
     EXPECT_EQ(starts(name), 1);
   }
   EXPECT_EQ(arcus(0, "supervise -- sleep 1").code, 64) << "no run folder";
+}
+
+TEST_F(Supervise, RunsThatNeverBeginAreTriedAgainToTheLimit) {
+  const ShellResult result = arcus(0, supervise("never", "--retries 3", "sh -c 'exit 1'"));
+  EXPECT_EQ(result.code, 1) << result.out;
+  EXPECT_TRUE(contains(result.out, "started again 3 times")) << result.out;
+  const ShellResult nobody =
+      arcus(0, supervise("nobody", "--retries 1 --hosts a:2 --probe false", "echo {hosts}"));
+  EXPECT_EQ(nobody.code, 69) << nobody.out;
+  EXPECT_TRUE(contains(nobody.out, "no host answers")) << nobody.out;
+  EXPECT_EQ(arcus(0, supervise("odd", "--hosts a:8x", "true")).code, 64);
+}
+
+TEST_F(Supervise, PassesOneSignalOnAndHonoursItDuringAProbe) {
+  const std::string wait = "trap 'echo got; exit 75' TERM; sleep 5 & wait $!; exit 1";
+  const std::string binary = std::string(ARCUS_BINARY) + " ";
+  const ShellResult passed = shell(binary + supervise("passed", "", script("passed", wait)) +
+                                   " & sleep 0.5; kill -TERM $!; wait $!");
+  EXPECT_EQ(passed.code, 75) << passed.out;
+  EXPECT_TRUE(contains(passed.out, "got")) << passed.out;
+  const ShellResult probed =
+      shell(binary + supervise("probed", "--hosts a --probe 'sleep 0.6'", script("probed", wait)) +
+            " & sleep 0.2; kill -TERM $!; wait $!");
+  EXPECT_EQ(probed.code, 128 + 15) << probed.out;
+  EXPECT_EQ(starts("probed"), 0) << "started although a signal had come";
 }
 
 TEST_F(Supervise, TakesTheHostsThatAnswer) {

@@ -146,8 +146,8 @@ TEST(Threads, BoundOnesHaveACoreEach) {
 TEST(Threads, MoreThanThereAreCoresCannotBeBound) {
   auto comm = make_self_communicator();
   Stream stream(1);
-  EXPECT_THROW(
-      set_up_threads({.threads = available_cores() + 1, .bind = "cores"}, *comm, stream), Error);
+  EXPECT_THROW(set_up_threads({.threads = available_cores() + 1, .bind = "cores"}, *comm, stream),
+               Error);
 }
 
 TEST(Session, RunsAloneWithoutALauncherAndReportsErrors) {
