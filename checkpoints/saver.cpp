@@ -50,10 +50,6 @@ void retire(const fs::path& run_dir, const fs::path& temporary, std::int64_t ste
 
 }  // namespace
 
-std::int64_t shard_bytes(int rank, std::span<const StateView> views) {
-  return writer::bytes_of(writer::collect(rank, views));
-}
-
 CheckpointSaver::CheckpointSaver(Communicator& world, Stream& stream, fs::path run_dir)
     : world_(world),
       stream_(stream),

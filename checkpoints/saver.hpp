@@ -17,9 +17,6 @@
 
 namespace arcus {
 
-/// Bytes of the state that this rank writes into a checkpoint: the size of CheckpointSaver's copy.
-std::int64_t shard_bytes(int rank, std::span<const StateView> views);
-
 /// Saves while training goes on: a thread copies the state, then hashes and writes the copy,
 /// without a call into MPI. One save at a time. All ranks make the same calls in the same order,
 /// except for busy(), wait_copied() and read_state().
