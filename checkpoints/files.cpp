@@ -46,6 +46,26 @@ void sync(const std::filesystem::path& path) {
   if (::fsync(file.get()) != 0) fail("sync", path);
 }
 
+WriteBehind::WriteBehind(const std::filesystem::path& path) : descriptor_(open_for_reading(path)) {}
+
+WriteBehind::~WriteBehind() { ::close(descriptor_); }
+
+void WriteBehind::wrote(std::int64_t offset, std::int64_t bytes) {
+  constexpr std::int64_t kMostAhead = std::int64_t{1} << 28;
+  // What fails here is found by sync.
+  ::sync_file_range(descriptor_, offset, bytes, SYNC_FILE_RANGE_WRITE);
+  under_way_.push_back({offset, bytes});
+  bytes_under_way_ += bytes;
+  while (bytes_under_way_ > kMostAhead) {
+    const Piece& oldest = under_way_.front();
+    ::sync_file_range(
+        descriptor_, oldest.offset, oldest.bytes,
+        SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
+    bytes_under_way_ -= oldest.bytes;
+    under_way_.pop_front();
+  }
+}
+
 void write_synced(const std::filesystem::path& path, std::string_view text) {
   const Descriptor file(path, O_WRONLY | O_CREAT | O_TRUNC);
   while (!text.empty()) {
@@ -84,7 +104,7 @@ std::string read_text(const std::filesystem::path& path) {
   }
 }
 
-std::uint64_t hash(const std::filesystem::path& path, std::atomic<std::int64_t>* progress) {
+std::uint64_t hash(const std::filesystem::path& path) {
   const Descriptor file(path, O_RDONLY);
   std::vector<char> buffer(std::size_t{1} << 20);
   StreamHash hash;
@@ -94,7 +114,6 @@ std::uint64_t hash(const std::filesystem::path& path, std::atomic<std::int64_t>*
     if (got < 0) fail("read", path);
     if (got == 0) return hash.digest();
     hash.update(buffer.data(), static_cast<std::size_t>(got));
-    if (progress != nullptr) ++*progress;
   }
 }
 

@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <deque>
 #include <filesystem>
 #include <string>
 #include <string_view>
@@ -12,6 +13,25 @@ namespace arcus::files {
 
 /// Forces a file's or folder's contents to disk.
 void sync(const std::filesystem::path& path);
+/// Keeps the disk busy while a file is written: what was written goes to disk at once, and the
+/// writer is never far ahead of it, so that a slow disk shows as slow progress. A file system that
+/// cannot do this is left alone; `sync` comes at the end in any case.
+class WriteBehind {
+ public:
+  explicit WriteBehind(const std::filesystem::path& path);
+  ~WriteBehind();
+  WriteBehind(const WriteBehind&) = delete;
+  WriteBehind& operator=(const WriteBehind&) = delete;
+  void wrote(std::int64_t offset, std::int64_t bytes);
+
+ private:
+  struct Piece {
+    std::int64_t offset, bytes;
+  };
+  int descriptor_;
+  std::deque<Piece> under_way_;
+  std::int64_t bytes_under_way_ = 0;
+};
 /// Writes a file and forces it to disk.
 void write_synced(const std::filesystem::path& path, std::string_view text);
 /// Atomic within one file system; forces the folder of `to` to disk.
@@ -22,9 +42,7 @@ void rename_synced(const std::filesystem::path& from, const std::filesystem::pat
 bool exchange_synced(const std::filesystem::path& from, const std::filesystem::path& to);
 
 std::string read_text(const std::filesystem::path& path);
-/// `progress`, if given, grows as it reads.
-std::uint64_t hash(const std::filesystem::path& path,
-                   std::atomic<std::int64_t>* progress = nullptr);
+std::uint64_t hash(const std::filesystem::path& path);
 
 int open_for_reading(const std::filesystem::path& path);
 /// Reads exactly `bytes` bytes; `path` is for messages.

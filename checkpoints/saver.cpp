@@ -137,7 +137,6 @@ void CheckpointSaver::write() {
     copied_ = true;
     changed_.notify_all();
   }
-  writer::hash_state(content_, progress_);
   tell("write");
   report_ = writer::pack_report(
       content_, writer::write_shard(temporary_, world_.rank(), info_.step, content_, progress_));

@@ -1,7 +1,9 @@
-#include <nlohmann/json.hpp>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
+#include <future>
+#include <nlohmann/json.hpp>
 
 #include "checkpoints/files.hpp"
 #include "checkpoints/layout.hpp"
@@ -15,7 +17,6 @@ namespace {
 using nlohmann::json;
 
 constexpr std::int64_t kPieceBytes = std::int64_t{1} << 26;
-constexpr std::int64_t kSyncBytes = std::int64_t{1} << 28;
 
 void require_valid(const TensorSpec& spec) {
   ARCUS_CHECK(!spec.name.empty() && spec.shape.size() <= 3 && spec.num_units >= 1 &&
@@ -153,6 +154,84 @@ void hash_state(ShardContent& content, Progress& progress) {
   for (ShardTensor& tensor : content.tensors) hash_blocks(tensor, progress);
 }
 
+namespace {
+
+/// xxh3 of a shard's file, whose rows are taken from memory: reading them back would cost more than
+/// all hashing. The rest of it is read.
+class FileHash {
+ public:
+  explicit FileHash(const std::filesystem::path& path)
+      : path_(path), descriptor_(files::open_for_reading(path)) {}
+  ~FileHash() { ::close(descriptor_); }
+  FileHash(const FileHash&) = delete;
+  FileHash& operator=(const FileHash&) = delete;
+
+  void rows_at(std::int64_t offset, const void* data, std::int64_t bytes) {
+    ARCUS_CHECK(offset >= at_, "{}: rows at byte {}, after byte {}", path_.string(), offset, at_);
+    read_until(offset);
+    hash_.update(data, static_cast<std::size_t>(bytes));
+    at_ += bytes;
+  }
+  std::uint64_t finish(std::int64_t size) {
+    read_until(size);
+    return hash_.digest();
+  }
+
+ private:
+  void read_until(std::int64_t end) {
+    std::vector<char> bytes(static_cast<std::size_t>(end - at_));
+    files::read_at(descriptor_, at_, bytes.data(), end - at_, path_);
+    hash_.update(bytes.data(), bytes.size());
+    at_ = end;
+  }
+  const std::filesystem::path& path_;
+  int descriptor_;
+  std::int64_t at_ = 0;
+  StreamHash hash_;
+};
+
+std::uint64_t hash_shard(const std::filesystem::path& path, std::int64_t size,
+                         const ShardContent& content, Progress& progress) {
+  // Small tensors may stand in gaps before larger ones.
+  std::vector<const ShardTensor*> tensors;
+  for (const ShardTensor& tensor : content.tensors) tensors.push_back(&tensor);
+  std::sort(tensors.begin(), tensors.end(),
+            [](const ShardTensor* a, const ShardTensor* b) { return a->offset < b->offset; });
+  FileHash hash(path);
+  for (const ShardTensor* tensor : tensors) {
+    std::int64_t offset = tensor->offset;
+    for (const StateSlice& slice : tensor->slices) {
+      hash.rows_at(offset, slice.data, slice_bytes(tensor->spec, slice));
+      offset += slice_bytes(tensor->spec, slice);
+      ++progress;
+    }
+  }
+  return hash.finish(size);
+}
+
+void write_tensor(h5::File& file, ShardTensor& tensor, files::WriteBehind& disk,
+                  Progress& progress) {
+  h5::Shape shape{tensor.num_rows()};
+  if (tensor.spec.shape.size() > 1) shape.push_back(tensor.spec.cols());
+  h5::Dataset dataset = file.create_dataset(tensor.spec.name, tensor.spec.dtype, shape);
+  tensor.offset = dataset.offset();
+  const std::int64_t row_bytes = layout::row_bytes(tensor.spec);
+  const std::int64_t most = std::max<std::int64_t>(1, kPieceBytes / row_bytes);
+  std::int64_t row = 0;
+  for (const StateSlice& slice : tensor.slices) {
+    for (std::int64_t begin = slice.rows.begin; begin < slice.rows.end; begin += most) {
+      const std::int64_t rows = std::min(most, slice.rows.end - begin);
+      dataset.write_rows(
+          row, rows, static_cast<const char*>(slice.data) + (begin - slice.rows.begin) * row_bytes);
+      disk.wrote(tensor.offset + row * row_bytes, rows * row_bytes);
+      row += rows;
+      ++progress;
+    }
+  }
+}
+
+}  // namespace
+
 StoredFile write_shard(const std::filesystem::path& folder, int rank, std::int64_t step,
                        ShardContent& content, Progress& progress) {
   const std::filesystem::path path = folder / layout::shard_name(rank);
@@ -160,37 +239,19 @@ StoredFile write_shard(const std::filesystem::path& folder, int rank, std::int64
   file.write_attribute("format", "arcus-shard");
   file.write_attribute("step", step);
   file.write_attribute("rank", std::int64_t{rank});
-  std::int64_t unsynced = 0;
-  for (ShardTensor& tensor : content.tensors) {
-    h5::Shape shape{tensor.num_rows()};
-    if (tensor.spec.shape.size() > 1) shape.push_back(tensor.spec.cols());
-    h5::Dataset dataset = file.create_dataset(tensor.spec.name, tensor.spec.dtype, shape);
-    tensor.offset = dataset.offset();
-    const std::int64_t row_bytes = layout::row_bytes(tensor.spec);
-    const std::int64_t most = std::max<std::int64_t>(1, kPieceBytes / row_bytes);
-    std::int64_t row = 0;
-    for (const StateSlice& slice : tensor.slices) {
-      for (std::int64_t begin = slice.rows.begin; begin < slice.rows.end; begin += most) {
-        const std::int64_t rows = std::min(most, slice.rows.end - begin);
-        dataset.write_rows(
-            row, rows,
-            static_cast<const char*>(slice.data) + (begin - slice.rows.begin) * row_bytes);
-        row += rows;
-        unsynced += rows * row_bytes;
-        ++progress;
-      }
-    }
-    // Little by little, so that the disk works all the time and its slowness is seen as it happens.
-    if (unsynced < kSyncBytes) continue;
-    files::sync(path);
-    unsynced = 0;
-    ++progress;
+  {
+    files::WriteBehind disk(path);
+    for (ShardTensor& tensor : content.tensors) write_tensor(file, tensor, disk, progress);
   }
   file.close();
-  files::sync(path);
+  // Hashes need the processor, the disk works by itself.
+  auto synced = std::async(std::launch::async, [&] { files::sync(path); });
+  hash_state(content, progress);
+  const auto size = static_cast<std::int64_t>(std::filesystem::file_size(path));
+  const std::uint64_t hash = hash_shard(path, size, content, progress);
+  synced.get();
   ++progress;
-  return {layout::shard_name(rank), static_cast<std::int64_t>(std::filesystem::file_size(path)),
-          files::hash(path, &progress)};
+  return {layout::shard_name(rank), size, hash};
 }
 
 std::string pack_report(const ShardContent& content, const StoredFile& file) {

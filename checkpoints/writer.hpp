@@ -37,10 +37,10 @@ ShardContent collect(int rank, std::span<const StateView> views);
 std::int64_t bytes_of(const ShardContent& content);
 /// Copies all rows to `memory` (bytes_of long), where `content` points from then on.
 void copy_state(ShardContent& content, char* memory, Progress& progress);
-/// Hashes of all blocks.
+/// Notes the hashes of all blocks.
 void hash_state(ShardContent& content, Progress& progress);
 
-/// Writes the shard into `folder`, forces it to disk, and notes the offsets in `content`.
+/// Writes the shard into `folder`, forces it to disk, and notes offsets and hashes in `content`.
 StoredFile write_shard(const std::filesystem::path& folder, int rank, std::int64_t step,
                        ShardContent& content, Progress& progress);
 

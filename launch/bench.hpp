@@ -15,11 +15,13 @@ namespace arcus {
 struct BenchOptions {
   Config config;
   std::int64_t repeats = 20;
-  bool account = false;  ///< bench step: where the time of a step goes
-  std::string trace;     ///< bench step: file that takes the spans of one step; empty = none
-  std::string json;      ///< bench step: file that takes every figure; empty = none
-  bool overlap = false;  ///< bench dispatch: how much of an exchange hides behind computing
-  double repeated = 0;   ///< bench step: share of the made-up tokens that are one and the same
+  bool account = false;     ///< bench step: where the time of a step goes
+  std::string trace;        ///< bench step: file that takes the spans of one step; empty = none
+  std::string json;         ///< bench step: file that takes every figure; empty = none
+  bool overlap = false;     ///< bench dispatch: how much of an exchange hides behind computing
+  double repeated = 0;      ///< bench step: share of the made-up tokens that are one and the same
+  std::string dir = ".";    ///< bench checkpoint: folder to write in
+  std::int64_t mib = 1024;  ///< bench checkpoint: size of the state
 };
 
 /// Times of several runs of one thing, in milliseconds.
@@ -43,6 +45,8 @@ std::vector<double> gather(Session& session, double value);
 /// The sum over all ranks, in rank order. Collective.
 double sum_over_ranks(Session& session, double value);
 
+/// Saving and loading beside plain files of the same bytes.
+ExitCode bench_checkpoint(Session& session, const BenchOptions& options);
 /// Share of the machine's own matrix-product peak that the grouped feed-forward reaches.
 ExitCode bench_gemm(Session& session, const BenchOptions& options);
 /// Bandwidth of dispatch and combine beside the library's Alltoallv of the same bytes.

@@ -89,6 +89,17 @@ void add_bench_command(CLI::App& app, Action& action) {
   auto args = std::make_shared<Arguments>();
   add_benchmark(*bench, action, args, "gemm",
                 "Experts' matrix products against the machine's own peak", bench_gemm);
+  CLI::App* checkpoint =
+      add_benchmark(*bench, action, args, "checkpoint",
+                    "Saving and loading against plain files of the same bytes", bench_checkpoint);
+  checkpoint->add_option("--dir", args->options.dir, "folder to write in, on the disk in question")
+      ->capture_default_str()
+      ->check(CLI::ExistingDirectory)
+      ->type_name("DIR");
+  checkpoint->add_option("--mib", args->options.mib, "size of the state")
+      ->capture_default_str()
+      ->check(whole_number(1, 1 << 20))
+      ->type_name("N");
   CLI::App* dispatch =
       add_benchmark(*bench, action, args, "dispatch",
                     "Dispatch and combine against the MPI library's Alltoallv", bench_dispatch);

@@ -198,6 +198,8 @@ void TrainRun::start_afresh() {
        {"checkpoints", "metrics.jsonl", "digests.jsonl", "run.log", "config.toml", "trace"}) {
     const fs::path old = dir_ / name;
     if (!fs::exists(old)) continue;
+    // Saves that were cut short are no loss; the next one clears them away.
+    if (old.filename() == "checkpoints" && list_checkpoints(dir_).empty()) continue;
     const fs::path aside = free_name(old);
     fs::rename(old, aside);
     spdlog::info("moved {} of an earlier run to {}", old.string(), aside.string());
