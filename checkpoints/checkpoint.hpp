@@ -129,11 +129,13 @@ class TensorReader {
   void read(const StoredTensor& tensor, void* out) {
     read(tensor, {0, tensor.spec.num_rows()}, out);
   }
+  std::int64_t bytes_read() const { return bytes_read_; }
 
  private:
   int open_shard(std::int64_t shard);
   const Checkpoint& checkpoint_;
   std::map<std::int64_t, int> descriptors_;  ///< by shard
+  std::int64_t bytes_read_ = 0;
 };
 
 /// Checkpoints of a run with their final names, newest step first.
@@ -146,13 +148,16 @@ std::filesystem::path locate_checkpoint(const std::filesystem::path& path);
 struct Resumed {
   std::filesystem::path path;
   CheckpointInfo info;
+  std::int64_t bytes_read = 0;  ///< of tensors, by this rank
 };
 /// Finds the checkpoint to go on from and fills the views from it, all of its data verified.
 /// `spec`: "none"; "auto": the run's latest, with a warning the one before where it is damaged,
 /// none where there are none; else a path for locate_checkpoint, damage to which is an error. One
-/// that does not fit the views is an error under "auto" too.
+/// that does not fit the views is an error under "auto" too. `while_reading` is called now and
+/// then.
 std::optional<Resumed> resume_checkpoint(Communicator& world, Stream& stream,
                                          const std::filesystem::path& run_dir,
-                                         std::string_view spec, std::span<const StateView> views);
+                                         std::string_view spec, std::span<const StateView> views,
+                                         const std::function<void()>& while_reading = {});
 
 }  // namespace arcus

@@ -62,7 +62,8 @@ Checkpoint open(const std::filesystem::path& path, bool check_shards);
 
 /// Throws (checkpoint) where views and checkpoint name other tensors, types or shapes.
 void require_match(const Checkpoint& checkpoint, std::span<const StateView> views, Match match);
-/// Fills this rank's views.
-void read_views(const Checkpoint& checkpoint, std::span<const StateView> views);
+/// Fills this rank's views; returns the bytes read for them. `while_reading` may be empty.
+std::int64_t read_views(const Checkpoint& checkpoint, std::span<const StateView> views,
+                        const std::function<void()>& while_reading = {});
 
 }  // namespace arcus::layout

@@ -90,6 +90,7 @@ void TensorReader::read(const StoredTensor& tensor, RowRange rows, void* out) {
     auto* target = static_cast<char*>(out) + (part.begin - rows.begin) * row_bytes;
     files::read_at(open_shard(range.shard),
                    range.offset + (part.begin - range.rows.begin) * row_bytes, target, bytes, path);
+    bytes_read_ += bytes;
     const std::uint64_t hash = hash_bytes(target, static_cast<std::size_t>(bytes));
     ARCUS_REQUIRE(hash == tensor.block_hashes[static_cast<std::size_t>(block)], kCode,
                   "tensor {} is damaged: rows {}..{} in {} have the hash {}, the index says {}",
@@ -157,7 +158,8 @@ void require_match(const Checkpoint& checkpoint, std::span<const StateView> view
                 checkpoint.path.string(), problems);
 }
 
-void read_views(const Checkpoint& checkpoint, std::span<const StateView> views) {
+std::int64_t read_views(const Checkpoint& checkpoint, std::span<const StateView> views,
+                        const std::function<void()>& while_reading) {
   std::map<std::string_view, const StoredTensor*> stored;
   for (const StoredTensor& tensor : checkpoint.tensors) stored[tensor.spec.name] = &tensor;
   TensorReader reader(checkpoint);
@@ -165,8 +167,10 @@ void read_views(const Checkpoint& checkpoint, std::span<const StateView> views) 
     for (const StateSlice& slice : view.slices) {
       if (view.spec.num_elements() == 0) continue;
       reader.read(*stored.at(view.spec.name), slice.rows, slice.data);
+      if (while_reading) while_reading();
     }
   }
+  return reader.bytes_read();
 }
 
 }  // namespace layout

@@ -55,8 +55,8 @@ fs::path locate_on_all(Communicator& world, Stream& stream, const fs::path& path
   return broadcast_text(world, stream, found);
 }
 
-/// Opens what `spec` names and calls `read`, which throws (checkpoint) on all ranks where data is
-/// damaged; `match` may throw too, which ends the search.
+/// Opens what `spec` names and calls `match`, which may throw and end the search, then `read`,
+/// which throws (checkpoint) on all ranks where data is damaged.
 using Step = std::function<void(const Checkpoint&)>;
 std::optional<Resumed> search(Communicator& world, Stream& stream, const fs::path& run_dir,
                               std::string_view spec, const Step& match, const Step& read) {
@@ -148,16 +148,21 @@ CheckpointInfo load_checkpoint(Communicator& world, Stream& stream, const fs::pa
 
 std::optional<Resumed> resume_checkpoint(Communicator& world, Stream& stream,
                                          const fs::path& run_dir, std::string_view spec,
-                                         std::span<const StateView> views) {
-  return search(
+                                         std::span<const StateView> views,
+                                         const std::function<void()>& while_reading) {
+  std::int64_t bytes_read = 0;
+  auto resumed = search(
       world, stream, run_dir, spec,
       [&](const Checkpoint& checkpoint) {
         agree_on_errors(world, stream,
                         [&] { layout::require_match(checkpoint, views, Match::exact); });
       },
       [&](const Checkpoint& checkpoint) {
-        agree_on_errors(world, stream, [&] { layout::read_views(checkpoint, views); });
+        agree_on_errors(world, stream,
+                        [&] { bytes_read = layout::read_views(checkpoint, views, while_reading); });
       });
+  if (resumed) resumed->bytes_read = bytes_read;
+  return resumed;
 }
 
 }  // namespace arcus

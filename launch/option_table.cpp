@@ -139,7 +139,14 @@ Section run_section() {
            "the median step, at least 60",
            at_least(0)),
        option("max_bad_steps", &C::max_bad_steps,
-              "non-finite steps in a row after which the run stops, everything saved", at_least(1)),
+              "bad steps (not finite, or beyond train.max_grad_norm) in a row after which the run "
+              "stops, everything saved",
+              at_least(1)),
+       option(
+           "spike_factor", &C::spike_factor,
+           "go back to the checkpoint before, and pass by the samples since, where a step's loss "
+           "is this many times its running average; at most three times; 0 = never",
+           at_least(0)),
        option("check_memory", &C::check_memory,
               "refuse a run that does not fit into its machine's memory")});
 }
@@ -322,6 +329,10 @@ Section train_section() {
        option("weight_decay", &C::weight_decay, "on tensors of two or more dimensions",
               at_least(0)),
        option("grad_clip", &C::grad_clip, "largest global gradient norm; 0 = off", at_least(0)),
+       option("max_grad_norm", &C::max_grad_norm,
+              "a step whose gradient norm (before clipping) is larger is skipped on all ranks; 0 = "
+              "none is",
+              at_least(0)),
        option("dtype", &C::dtype, "compute type; bf16 keeps f32 master weights",
               one_of({"f32", "bf16"})),
        option("recompute", &C::recompute,

@@ -2,8 +2,11 @@
 
 #include <algorithm>
 #include <fstream>
+#include <random>
 #include <string>
 #include <utility>
+
+#include "src/base/hash.hpp"
 
 namespace arcus {
 namespace {
@@ -28,6 +31,11 @@ std::vector<std::string> last_lines(const std::filesystem::path& file) {
 }
 
 }  // namespace
+
+std::string new_run_id() {
+  std::random_device device;
+  return hex((static_cast<std::uint64_t>(device()) << 32) | device());
+}
 
 RecentMetrics read_recent_metrics(const std::filesystem::path& run, std::size_t most_steps) {
   RecentMetrics recent;

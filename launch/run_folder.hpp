@@ -4,9 +4,13 @@
 #include <cstdint>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <string>
 #include <vector>
 
 namespace arcus {
+
+/// Tells one run from all others.
+std::string new_run_id();
 
 /// The end of a run's metrics.jsonl (src/train/FORMAT.md), readable while the run writes it.
 struct RecentMetrics {

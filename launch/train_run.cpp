@@ -7,10 +7,10 @@
 #include <chrono>
 #include <cstdio>
 #include <fstream>
-#include <random>
 
 #include "checkpoints/saver.hpp"
 #include "kernels/gradient.hpp"
+#include "launch/run_folder.hpp"
 #include "launch/run_setup.hpp"
 #include "launch/signals.hpp"
 #include "launch/threads.hpp"
@@ -25,11 +25,6 @@ namespace arcus {
 namespace {
 
 namespace fs = std::filesystem;
-
-std::string new_run_id() {
-  std::random_device device;
-  return hex((static_cast<std::uint64_t>(device()) << 32) | device());
-}
 
 /// `lines` one by one, so that each stands on a line of its own in run.log.
 void log_lines(const std::string& lines) {
@@ -94,6 +89,15 @@ class TrainRun::Saver final : public RunSaver {
           [this] { run_.watchdog_->beat(run_.trainer_->steps_done(), 0, "checkpoint"); });
     });
     announce(report);
+  }
+  bool restore() override {
+    const auto resumed = resume_checkpoint(
+        run_.session_.comm(), *run_.stream_, run_.dir_, "auto", run_.trainer_->state(),
+        [this] { run_.watchdog_->beat(run_.trainer_->steps_done(), 0, "reading a checkpoint"); });
+    if (!resumed) return false;
+    run_.trainer_->finish_reading();
+    run_.open_digests();
+    return true;
   }
 
  private:
@@ -284,8 +288,9 @@ void TrainRun::restore(const std::string& resume) {
   trainer_->finish_reading();
   run_id_ = resumed->info.run_id;
   if (session_.is_root()) {
-    spdlog::info("going on from {} (step {} of {})", resumed->path.string(), trainer_->steps_done(),
-                 config_.train.steps);
+    spdlog::info("going on from {} (step {} of {}); rank 0 read {:.1f} MB", resumed->path.string(),
+                 trainer_->steps_done(), config_.train.steps,
+                 static_cast<double>(resumed->bytes_read) / 1e6);
   }
 }
 
@@ -344,6 +349,7 @@ RunOptions TrainRun::run_options() const {
           .checkpoint = config_.checkpoint,
           .max_minutes = config_.run.max_minutes,
           .max_bad_steps = config_.run.max_bad_steps,
+          .spike_factor = config_.run.spike_factor,
           .trace_routing_every = config_.run.trace_routing_every,
           .verify_every = config_.run.verify_every,
           .run_dir = dir_};
@@ -407,7 +413,7 @@ ExitCode TrainRun::finish(RunEnd end) {
   if (end == RunEnd::diverged) {
     session_.together([&] {
       ARCUS_FAIL(ExitCode::usage,
-                 "{} non-finite steps in a row (run.max_bad_steps) at step {}; everything is saved "
+                 "{} bad steps in a row (run.max_bad_steps) at step {}; everything is saved "
                  "in {}, earlier checkpoints too; go on from one of them (--resume) with a lower "
                  "train.lr ({}) or {}",
                  trainer_->bad_steps_in_a_row(), done, dir_.string(), config_.train.lr,
@@ -429,13 +435,17 @@ ExitCode TrainRun::finish(RunEnd end) {
   return end == RunEnd::stopped ? ExitCode::interrupted : ExitCode::ok;
 }
 
-ExitCode TrainRun::run() {
-  first_step_ = trainer_->steps_done();
+void TrainRun::open_digests() {
   session_.together([&] {
     if (session_.is_root() && config_.run.digest_every > 0) {
-      digests_ = std::make_unique<DigestLog>(dir_, first_step_);
+      digests_ = std::make_unique<DigestLog>(dir_, trainer_->steps_done());
     }
   });
+}
+
+ExitCode TrainRun::run() {
+  first_step_ = trainer_->steps_done();
+  open_digests();
   if (session_.is_root()) {
     progress_ = std::make_unique<ProgressLine>(stderr, trainer_->steps_done(), config_.train.steps,
                                                config_.run.max_minutes);

@@ -35,6 +35,7 @@ class TrainRun {
   void build();
   void restore(const std::string& resume);
   void watch();
+  void open_digests();
   void check_before_reading(const std::string& resume);
   void check_tokenizer(const CheckpointInfo& info) const;
   void check_resumed(const CheckpointInfo& info);

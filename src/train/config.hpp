@@ -22,6 +22,7 @@ struct TrainConfig {
   double decay_fraction = 0.2;      ///< wsd: the last part of the steps, linear to the end
   double weight_decay = 0.1;
   double grad_clip = 1.0;     ///< 0 = off
+  double max_grad_norm = 0;   ///< steps with a larger gradient are skipped; 0 = none
   std::string dtype = "f32";  ///< "f32" | "bf16" (f32 master weights)
   bool recompute = false;     ///< keep layer inputs only, run layers again in backward
 };
@@ -47,7 +48,8 @@ struct RunConfig {
   std::int64_t digest_every = 0;         ///< log hashes of the state every n steps; 0 = never
   std::int64_t verify_every = 0;         ///< compare ranks' arithmetic every n steps; 0 = never
   double stuck_after_s = 0;              ///< the watchdog's patience; 0 = 10 steps, at least 60 s
-  std::int64_t max_bad_steps = 10;       ///< non-finite steps in a row before the run stops
+  std::int64_t max_bad_steps = 10;       ///< bad steps in a row before the run stops
+  double spike_factor = 0;               ///< go back where the loss is so many times its average
   bool check_memory = true;              ///< refuse a run that does not fit into memory
 };
 

@@ -20,11 +20,18 @@ class MetricsLog {
   MetricsLog(const std::filesystem::path& dir, int rank, std::int64_t steps_done) {
     if (rank != 0 || dir.empty()) return;
     file_ = dir / "metrics.jsonl";
+    go_back(steps_done);
+  }
+  /// Cuts the file behind a step.
+  void go_back(std::int64_t steps_done) {
+    if (file_.empty()) return;
+    out_.close();
     kept_ = cut_metrics(file_.string(), steps_done);
     if (kept_.damaged_lines > 0) {
       spdlog::warn("dropped {} damaged line{} from {}", kept_.damaged_lines,
                    kept_.damaged_lines == 1 ? "" : "s", file_.string());
     }
+    out_.clear();
     out_.open(file_, std::ios::app);
     ARCUS_REQUIRE(out_.is_open(), ExitCode::usage, "cannot write {}: {}", file_.string(),
                   std::generic_category().message(errno));
@@ -76,6 +83,7 @@ class Run {
     RunEnd end = RunEnd::finished;
     while (trainer_.steps_done() < steps) {
       const StepRequests requests = step();
+      if (options_.spike_factor > 0 && trainer_.spiked(options_.spike_factor)) go_back();
       if (requests.time_up) end = RunEnd::time_up;
       if (requests.stop) end = RunEnd::stopped;
       if (trainer_.bad_steps_in_a_row() >= options_.max_bad_steps) end = RunEnd::diverged;
@@ -115,6 +123,32 @@ class Run {
     log_.write(metrics);
     if (hooks_.on_step) hooks_.on_step(metrics);
     return requests;
+  }
+
+  /// To the checkpoint before a spike of the loss; the samples since are passed by.
+  void go_back() {
+    constexpr int kMostTimes = 3;
+    if (hooks_.saver == nullptr) return;
+    const std::int64_t spike = trainer_.steps_done();
+    const std::int64_t samples = spike + trainer_.samples_ahead();
+    const double loss = trainer_.metrics().loss;
+    finish_save();
+    const bool back = times_back_ < kMostTimes && hooks_.saver->restore();
+    if (is_root()) {
+      spdlog::warn(
+          "step {}: the loss, {:.4f}, is more than {} times its average "
+          "(run.spike_factor); {}",
+          spike, loss, options_.spike_factor,
+          back ? fmt::format("back to step {}, past the samples since", trainer_.steps_done())
+          : times_back_ == kMostTimes ? "training goes on, having gone back 3 times"
+                                      : "there is no checkpoint to go back to");
+    }
+    if (!back) return;
+    ++times_back_;
+    trainer_.set_samples_ahead(samples - trainer_.steps_done());
+    log_.go_back(trainer_.steps_done());
+    last_save_ = trainer_.steps_done();
+    last_eval_ = agreed_last_eval();
   }
 
   void cross_check(std::int64_t next) {
@@ -228,6 +262,7 @@ class Run {
   std::optional<RoutingTrace> trace_;
   std::optional<CrossCheck> cross_check_;
   bool told_alone_ = false;
+  int times_back_ = 0;
   std::int64_t last_save_;  ///< step of the last complete checkpoint
   bool saving_ = false;     ///< one is under way, of saved_step_
   bool told_left_out_ = false;

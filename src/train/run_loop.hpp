@@ -13,7 +13,8 @@ struct RunOptions {
   EvalConfig eval;
   CheckpointConfig checkpoint;
   double max_minutes = 0;                ///< wall-clock limit, 0 = none
-  std::int64_t max_bad_steps = 10;       ///< non-finite steps in a row before the run ends
+  std::int64_t max_bad_steps = 10;       ///< bad steps in a row before the run ends
+  double spike_factor = 0;               ///< 0 = never go back (RunConfig)
   std::int64_t trace_routing_every = 0;  ///< 0 = never
   std::int64_t verify_every = 0;         ///< 0 = never
   std::filesystem::path run_dir;         ///< metrics.jsonl and traces go there
@@ -34,6 +35,9 @@ class RunSaver {
   virtual bool advance() = 0;
   /// Waits until it is. Collective.
   virtual void finish() = 0;
+  /// Puts the trainer's state back to the latest checkpoint; false, nothing done, where there is
+  /// none. Collective.
+  virtual bool restore() = 0;
 };
 
 /// Calls back into the program that runs the trainer.
@@ -49,7 +53,7 @@ enum class RunEnd {
   finished,  ///< all steps done
   time_up,   ///< max_minutes reached; resuming goes on
   stopped,   ///< a signal; resuming goes on
-  diverged,  ///< max_bad_steps non-finite steps in a row
+  diverged,  ///< max_bad_steps bad steps in a row
 };
 
 /// Steps until the end, with evaluations, checkpoints and metrics.jsonl (written by rank 0).

@@ -69,16 +69,19 @@ void Trainer::initialize() {
 
 std::vector<StateView> Trainer::state() {
   std::vector<StateView> views = optimizer_.state();
-  const char* const names[kNumCounters] = {"counters/steps_done", "counters/updates",
-                                           "counters/bad_steps_in_a_row"};
   for (StateView& view : instance_->balance().state()) views.push_back(std::move(view));
-  for (std::size_t i = 0; i < kNumCounters; ++i) {
+  const auto add = [&](const char* name, DType dtype, void* data) {
     StateView& view = views.emplace_back();
-    view.spec.name = names[i];
-    view.spec.dtype = DType::i64;
+    view.spec.name = name;
+    view.spec.dtype = dtype;
     view.replicated = true;
-    view.slices.push_back({{0, 1}, &counters_[i]});
-  }
+    view.slices.push_back({{0, 1}, data});
+  };
+  add("counters/steps_done", DType::i64, &counters_[kStepsDone]);
+  add("counters/updates", DType::i64, &counters_[kUpdates]);
+  add("counters/bad_steps_in_a_row", DType::i64, &counters_[kBadSteps]);
+  add("counters/samples_ahead", DType::i64, &counters_[kSamplesAhead]);
+  add("counters/loss_average", DType::f64, &loss_average_);
   return views;
 }
 
@@ -91,9 +94,10 @@ void Trainer::run_round(const BatchSampler& sampler, std::int64_t round) {
   MicroBatch batch = buffers_.idle();
   if (number >= 0) {
     const Span span(instance_->stream(), "data");
-    batch = buffers_.fill(
-        sampler, number, train.micro_batch_seqs,
-        counters_[kStepsDone] * train.global_batch_seqs + number * train.micro_batch_seqs);
+    batch =
+        buffers_.fill(sampler, number, train.micro_batch_seqs,
+                      (counters_[kStepsDone] + counters_[kSamplesAhead]) * train.global_batch_seqs +
+                          number * train.micro_batch_seqs);
     batch.loss_scale = 1.0 / static_cast<double>(train.global_batch_seqs * train.seq_len);
     batch.weight = 1.0 / static_cast<double>(schedule_.num_micro_batches);
   }
@@ -203,32 +207,55 @@ std::int64_t Trainer::agree(StepRequests& requests) {
 
 /// Leaves parameters, moments and the count of updates as they are; all ranks come to the same
 /// conclusion.
-void Trainer::skip(const std::string& where) {
+void Trainer::skip(const std::string& what, const std::string& where) {
   metrics_.applied = false;
   metrics_.bad_tensor = where;
-  metrics_.grad_norm = std::numeric_limits<double>::quiet_NaN();
   ++counters_[kBadSteps];
   if (instance_->world().rank() != 0) return;
-  spdlog::warn("step {} is not finite (first seen in {}); skipped on all ranks, {} in a row",
-               metrics_.step, where, counters_[kBadSteps]);
+  spdlog::warn("step {} {}; skipped on all ranks, {} in a row", metrics_.step, what,
+               counters_[kBadSteps]);
 }
 
 void Trainer::update(std::int64_t bad_leaf) {
+  const auto not_finite = [this](const std::string& where) {
+    metrics_.grad_norm = std::numeric_limits<double>::quiet_NaN();
+    skip(fmt::format("is not finite (first seen in {})", where), where);
+  };
   if (bad_leaf != kNoBadLeaf) {
-    return skip(fmt::format("{}, micro-batch {}", instance_->registry().unit_name(bad_leaf >> 32),
-                            bad_leaf & 0xffffffff));
+    return not_finite(fmt::format("{}, micro-batch {}",
+                                  instance_->registry().unit_name(bad_leaf >> 32),
+                                  bad_leaf & 0xffffffff));
   }
-  if (!std::isfinite(metrics_.loss)) return skip("the loss");
+  if (!std::isfinite(metrics_.loss)) return not_finite("the loss");
   optimizer_.reduce_gradients();
   metrics_.grad_norm = optimizer_.gradient_norm();
   // Sums that are not order-independent carry no flag.
-  if (!std::isfinite(metrics_.grad_norm)) return skip("the gradient norm");
+  if (!std::isfinite(metrics_.grad_norm)) return not_finite("the gradient norm");
+  const double most = options_.train.max_grad_norm;
+  if (most > 0 && metrics_.grad_norm > most) {
+    return skip(fmt::format("explodes: its gradient norm of {} exceeds train.max_grad_norm ({})",
+                            metrics_.grad_norm, most),
+                "the gradient norm");
+  }
   counters_[kBadSteps] = 0;
   const double clip = options_.train.grad_clip;
   const double factor = clip > 0 && metrics_.grad_norm > clip
                             ? static_cast<double>(static_cast<float>(clip / metrics_.grad_norm))
                             : 1;
   optimizer_.apply(metrics_.lr, factor, ++counters_[kUpdates]);
+}
+
+bool Trainer::spiked(double factor) const {
+  constexpr std::int64_t kSettled = 32;
+  return metrics_.applied && counters_[kUpdates] > kSettled &&
+         metrics_.loss > factor * average_before_;
+}
+
+void Trainer::average_loss() {
+  constexpr double kWeight = 1.0 / 32;
+  average_before_ = loss_average_;
+  const double difference = metrics_.loss - loss_average_;
+  loss_average_ += counters_[kUpdates] == 1 ? difference : kWeight * difference;
 }
 
 /// Clears the last step's numbers, keeping their memory.
@@ -262,6 +289,7 @@ const StepMetrics& Trainer::step(const BatchSampler& sampler, StepRequests& requ
   update(bad_leaf);
   reduce_counts(sent_before, comm_before);
   if (metrics_.applied) {
+    average_loss();
     const auto counts = std::span<const std::int64_t>(counts_);
     instance_->balance().update(instance_->world(), instance_->stream(),
                                 counts.first(stats_.demand.size()),

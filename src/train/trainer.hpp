@@ -56,6 +56,12 @@ class Trainer {
   void finish_reading();
 
   std::int64_t steps_done() const { return counters_[kStepsDone]; }
+  /// Steps whose samples are passed by: step n takes those of number n + samples_ahead.
+  std::int64_t samples_ahead() const { return counters_[kSamplesAhead]; }
+  void set_samples_ahead(std::int64_t steps) { counters_[kSamplesAhead] = steps; }
+  /// The last step was applied, and its loss was more than `factor` times the running average of
+  /// those before (half of which the last 22 make up); never in the first 32.
+  bool spiked(double factor) const;
   std::int64_t bad_steps_in_a_row() const { return counters_[kBadSteps]; }
   const TrainerOptions& options() const { return options_; }
   ModelInstance& instance() { return *instance_; }
@@ -72,7 +78,7 @@ class Trainer {
   }
 
  private:
-  enum Counter : std::size_t { kStepsDone, kUpdates, kBadSteps, kNumCounters };
+  enum Counter : std::size_t { kStepsDone, kUpdates, kBadSteps, kSamplesAhead, kNumCounters };
 
   void run_round(const BatchSampler& sampler, std::int64_t round);
   void start_metrics();
@@ -81,7 +87,8 @@ class Trainer {
   /// Agrees on the worst news; returns the key of the first bad leaf or kNoBadLeaf.
   std::int64_t agree(StepRequests& requests);
   void update(std::int64_t bad_leaf);
-  void skip(const std::string& where);
+  void skip(const std::string& what, const std::string& where);
+  void average_loss();
   std::int64_t record_size() const;
   std::size_t dropped_begin() const;
 
@@ -98,6 +105,8 @@ class Trainer {
                                       ///< [ranks] rows, [ranks] communication in us, bytes sent
   std::vector<std::int64_t> gather_counts_, gather_offsets_;
   std::vector<std::int64_t> counters_ = std::vector<std::int64_t>(kNumCounters, 0);
+  double loss_average_ = 0;    ///< of the steps applied, each weighing 1/32
+  double average_before_ = 0;  ///< without the last one
   RoutingObserver observer_;
   Heartbeat heartbeat_;
   std::function<bool()> saving_;

@@ -62,6 +62,28 @@ TEST(Checkpoint, DigestOfTheStateInMemoryIsThatOfTheCheckpoint) {
   EXPECT_NE(digest_by_hand(9), digest_by_hand(8));
 }
 
+TEST(Checkpoint, EveryRankReadsWhatItNeedsAndNoMore) {
+  const TemporaryFolder run;
+  save_at(run.path(), 6, 4, 7);
+  for (const int loaders : {1, 2, 3, 6}) {
+    run_on_threads(loaders, {}, [&](Communicator& world) {
+      Stream stream(1);
+      RankState state(tensor_cases(), world.rank(), world.size(), 8);
+      std::int64_t needed = 0;
+      for (const StateView& view : state.views()) {
+        for (const StateSlice& slice : view.slices) {
+          if (view.spec.num_elements() == 0) continue;
+          needed += (slice.rows.end - slice.rows.begin) * view.spec.cols() *
+                    static_cast<std::int64_t>(size_of(view.spec.dtype));
+        }
+      }
+      const auto resumed = resume_checkpoint(world, stream, run.path(), "auto", state.views());
+      ASSERT_TRUE(resumed);
+      EXPECT_EQ(resumed->bytes_read, needed) << "rank " << world.rank() << " of " << loaders;
+    });
+  }
+}
+
 TEST(Checkpoint, LoadersMayShareRows) {
   const TemporaryFolder run;
   const auto path = save_at(run.path(), 2, 3, 5).path;

@@ -65,6 +65,59 @@ TEST_F(RunTools, StatusReadsARunFromItsFolder) {
   EXPECT_EQ(arcus(0, "status " + data()).code, 64);
 }
 
+TEST_F(RunTools, ConvertChangesTheNumberOfExpertsAndNothingElseDoes) {
+  const std::string run = run_dir("before").string();
+  ASSERT_EQ(arcus(0, train("before", "--set routing.capacity_factor=0")).code, 0);
+  const std::string before = arcus(0, "eval " + run).out;
+  const ShellResult accident = arcus(2, train("before", "--set model.num_experts=8"));
+  EXPECT_EQ(accident.code, 66) << accident.out;
+  EXPECT_TRUE(contains(accident.out, "does not fit this run")) << accident.out;
+
+  // Every expert twice, twice as many a token: the same model, but for roundings.
+  const std::string same = run_dir("same").string();
+  const ShellResult doubled =
+      arcus(3, "convert " + run + " --num-experts 8 --topk 4 --noise 0 --out " + same);
+  EXPECT_EQ(doubled.code, 0) << doubled.out;
+  EXPECT_TRUE(contains(doubled.out, "8 experts instead of 4")) << doubled.out;
+  const auto bits = [](const std::string& table) {
+    return std::stod(table.substr(table.find_last_of(' ')));
+  };
+  EXPECT_NEAR(bits(arcus(0, "eval " + same).out), bits(before), 1e-4);
+  EXPECT_EQ(arcus(0, "inspect --verify " + same).code, 0);
+  const std::string eight =
+      "--set routing.capacity_factor=0 --set model.num_experts=8 --set model.topk=4 --set "
+      "model.dense_ff_size=64 --set train.steps=24";
+  const ShellResult on = arcus(2, train("same", eight));
+  EXPECT_EQ(on.code, 0) << on.out;
+  EXPECT_TRUE(contains(on.out, "done at step 24 of 24")) << on.out;
+
+  // Doubled and halved again: what it was.
+  const std::string back = run_dir("back").string();
+  ASSERT_EQ(arcus(0, "convert " + run + " --num-experts 8 --out " + run_dir("noisy").string()).code,
+            0);
+  ASSERT_EQ(arcus(0, "convert " + run_dir("noisy").string() +
+                         " --num-experts 4 --keep 0-2,3 --out " + back)
+                .code,
+            0);
+  EXPECT_EQ(digest("back"), digest("before"));
+  EXPECT_NE(digest("noisy"), digest("before"));
+
+  for (const auto& [arguments, message] :
+       {std::pair{"--num-experts 2 --out ", "--keep says which ones stay"},
+        std::pair{"--num-experts 4 --out ", "asks for as many"},
+        std::pair{"--num-experts 2 --keep 0,4 --out ", "must be experts of 0 to 3"},
+        std::pair{"--num-experts 2 --keep 0-2 --out ", "names 3 experts"},
+        std::pair{"--num-experts 1 --keep 2 --out ", "model.topk (2) exceeds"}}) {
+    const ShellResult refused =
+        arcus(0, "convert " + run + " " + arguments + run_dir("refused").string());
+    EXPECT_EQ(refused.code, 64) << refused.out;
+    EXPECT_TRUE(contains(refused.out, message)) << refused.out;
+  }
+  EXPECT_FALSE(fs::exists(run_dir("refused")));
+  const ShellResult taken = arcus(0, "convert " + run + " --num-experts 8 --out " + same);
+  EXPECT_EQ(taken.code, 64) << taken.out;
+}
+
 /// A script that stands for `mpirun arcus train`: fails as often as the file of its name says.
 class Supervise : public RunTools {
  protected:

@@ -115,8 +115,38 @@ TEST_F(TrainingCommand, ARunThatDivergesIsGivenUpSavedAndSaysSo) {
                      "--set train.lr=1e30 --set train.grad_clip=0 --set train.warmup_steps=0 "
                      "--set run.max_bad_steps=3 --set run.max_minutes=1 --set train.steps=5000"));
   EXPECT_EQ(diverged.code, 64) << diverged.out;
-  EXPECT_TRUE(contains(diverged.out, "3 non-finite steps in a row")) << diverged.out;
+  EXPECT_TRUE(contains(diverged.out, "3 bad steps in a row")) << diverged.out;
   EXPECT_TRUE(fs::exists(run_dir("diverged") / "checkpoints" / "latest"));
+}
+
+TEST_F(TrainingCommand, ExplodingStepsAreSkippedOnAllRanksAndSaid) {
+  const std::string steep = "--set train.max_grad_norm=1 --set train.steps=6";
+  const ShellResult two = arcus(2, train("steep", steep));
+  EXPECT_EQ(two.code, 0) << two.out;
+  EXPECT_TRUE(contains(two.out, "explodes: its gradient norm of ")) << two.out;
+  EXPECT_TRUE(contains(two.out, "exceeds train.max_grad_norm (1)")) << two.out;
+  EXPECT_TRUE(contains(read_file(run_dir("steep") / "metrics.jsonl"), "\"skipped\":true"));
+  ASSERT_EQ(arcus(0, train("steep_alone", steep)).code, 0);
+  EXPECT_EQ(digest("steep"), digest("steep_alone"));
+}
+
+// Where a loss above 0.56 times its slow average counts as a spike, there are some.
+TEST_F(TrainingCommand, ASpikeOfTheLossGoesBackAndPassesTheSamplesBy) {
+  const std::string spiky =
+      "--set run.spike_factor=0.56 --set train.steps=60 --set checkpoint.every=5 --set "
+      "checkpoint.background=false --set run.digest_every=10";
+  const ShellResult one = arcus(0, train("spiky", spiky));
+  EXPECT_EQ(one.code, 0) << one.out;
+  EXPECT_TRUE(contains(one.out, "past the samples since")) << one.out;
+  EXPECT_TRUE(contains(one.out, "having gone back 3 times")) << one.out;
+  ASSERT_EQ(arcus(3, train("spiky_three", spiky)).code, 0);
+  const ShellResult same =
+      arcus(0, "diff " + run_dir("spiky").string() + " " + run_dir("spiky_three").string());
+  EXPECT_EQ(same.code, 0) << same.out;
+  EXPECT_TRUE(contains(same.out, "metrics      equal at all 60 common steps")) << same.out;
+  // The samples that were passed by make it another run.
+  ASSERT_EQ(arcus(0, train("smooth", spiky + " --set run.spike_factor=0")).code, 0);
+  EXPECT_NE(digest("smooth"), digest("spiky"));
 }
 
 TEST_F(TrainingCommand, ADamagedCheckpointIsNamedAndSoIsAnotherOne) {
@@ -233,14 +263,17 @@ TEST_F(TrainingCommand, EveryBenchmarkRunsAtATinySize) {
                            "/launch/configs/tiny.toml --repeats 1 --set parallel.threads=1 "
                            "--set run.data=" +
                            data();
+  const std::string here = fs::current_path();
+  fs::current_path(folder_);
   for (const auto& [name, expected] :
        {std::pair{"gemm", "all three"}, std::pair{"dispatch", "MPI_Alltoallv alone"},
         std::pair{"dispatch --overlap", "% hidden"}, std::pair{"generate", "x limit"},
-        std::pair{"step", "roofline"}}) {
+        std::pair{"step", "roofline"}, std::pair{"checkpoint --mib 3", "of raw speed"}}) {
     const ShellResult result = arcus(2, std::string("bench ") + name + tiny);
     EXPECT_EQ(result.code, 0) << result.out;
     EXPECT_TRUE(contains(result.out, expected)) << result.out;
   }
+  fs::current_path(here);
   const std::string trace = run_dir("trace.json");
   const std::string figures = run_dir("figures.json");
   const ShellResult account =

@@ -3,6 +3,9 @@
 
 #include <gtest/gtest.h>
 
+#include <cstdlib>
+#include <tuple>
+
 #include "tests/support/routing_cases.hpp"
 #include "tests/support/training_fixture.hpp"
 
@@ -37,7 +40,13 @@ const Variant kVariants[] = {
      }},
 };
 
-constexpr std::int64_t kSteps = 20;
+/// ARCUS_LAYOUT=all: 50 steps of every routing and type too (some minutes).
+bool thorough() {
+  const char* wanted = std::getenv("ARCUS_LAYOUT");
+  return wanted != nullptr && std::string(wanted) == "all";
+}
+
+constexpr std::int64_t kSteps = 50;
 
 /// Runs of one data set on any layout.
 class LayoutTest : public ::testing::Test {
@@ -64,11 +73,15 @@ class LayoutTest : public ::testing::Test {
   static inline std::unique_ptr<TokenDataset> dataset_;
 };
 
-class Layout : public LayoutTest, public ::testing::WithParamInterface<Variant> {
+using VariantAndType = std::tuple<Variant, const char*>;
+
+class Layout : public LayoutTest, public ::testing::WithParamInterface<VariantAndType> {
  protected:
   static TrainerOptions options() {
     TrainerOptions o = small_training();
-    GetParam().change(o);
+    o.train.steps = kSteps;
+    o.train.dtype = std::get<1>(GetParam());
+    std::get<0>(GetParam()).change(o);
     return o;
   }
 };
@@ -77,17 +90,26 @@ class Layout : public LayoutTest, public ::testing::WithParamInterface<Variant> 
 class RoutingLayout : public LayoutTest, public ::testing::WithParamInterface<RoutingCase> {};
 
 TEST_P(RoutingLayout, SameBitsOnAnyRanksAndEp) {
-  TrainerOptions o = small_training();
-  GetParam().apply(o.model, o.routing);
-  constexpr std::int64_t kFew = 4;
-  auto self = make_self_communicator();
-  const auto reference = trace_of_run(*self, 1, o, *dataset_, kFew);
-  EXPECT_EQ(trace_of_run(*self, 1, o, *dataset_, kFew, 2), reference) << "2 threads";
-  for (const auto& [ranks, ep] : {std::pair{2, 2}, std::pair{3, 3}, std::pair{4, 2}}) {
-    EXPECT_EQ(on_threads(ranks, ep, o, kFew), reference) << ranks << " ranks, EP " << ep;
+  const std::int64_t steps = thorough() ? kSteps : 4;
+  std::vector<std::pair<int, int>> layouts = {{2, 2}, {3, 3}, {4, 2}};
+  if (thorough())
+    layouts = {{2, 1}, {2, 2}, {3, 1}, {3, 3}, {4, 1}, {4, 2}, {4, 4}, {6, 3}, {6, 6}};
+  const auto dtypes = thorough() ? compute_dtypes() : std::vector<const char*>{"f32"};
+  for (const char* dtype : dtypes) {
+    TrainerOptions o = small_training();
+    o.train.steps = kSteps;
+    o.train.dtype = dtype;
+    GetParam().apply(o.model, o.routing);
+    auto self = make_self_communicator();
+    const auto reference = trace_of_run(*self, 1, o, *dataset_, steps);
+    EXPECT_EQ(trace_of_run(*self, 1, o, *dataset_, steps, 2), reference) << dtype << ", 2 threads";
+    for (const auto& [ranks, ep] : layouts) {
+      EXPECT_EQ(on_threads(ranks, ep, o, steps), reference)
+          << dtype << ", " << ranks << " ranks, EP " << ep;
+    }
+    o.train.recompute = true;
+    EXPECT_EQ(trace_of_run(*self, 1, o, *dataset_, steps), reference) << dtype << ", recomputed";
   }
-  o.train.recompute = true;
-  EXPECT_EQ(trace_of_run(*self, 1, o, *dataset_, kFew), reference) << "recomputed";
 }
 
 INSTANTIATE_TEST_SUITE_P(Tables, RoutingLayout, ::testing::ValuesIn(routing_cases()),
@@ -100,7 +122,7 @@ TEST_P(Layout, SameBitsOnAnyRanksAndEp) {
   ASSERT_EQ(reference.size(), kSteps + 1U);
   EXPECT_NE(reference[0], reference[1]);
   EXPECT_EQ(trace_of_run(*self, 1, o, *dataset_, kSteps, 3), reference) << "3 threads";
-  for (const int ranks : {2, 3, 4}) {
+  for (const int ranks : {2, 3, 4, 6}) {
     for (int ep = 1; ep <= ranks; ++ep) {
       if (ranks % ep != 0) continue;
       EXPECT_EQ(on_threads(ranks, ep, o), reference) << ranks << " ranks, EP " << ep;
@@ -126,8 +148,13 @@ TEST_P(Layout, RecomputationChangesNothing) {
   EXPECT_EQ(trace_of_run(*self, 1, o, *dataset_, 5), before);
 }
 
-INSTANTIATE_TEST_SUITE_P(Options, Layout, ::testing::ValuesIn(kVariants),
-                         [](const auto& variant) { return std::string(variant.param.name); });
+INSTANTIATE_TEST_SUITE_P(Options, Layout,
+                         ::testing::Combine(::testing::ValuesIn(kVariants),
+                                            ::testing::ValuesIn(compute_dtypes())),
+                         [](const auto& chosen) {
+                           return std::string(std::get<0>(chosen.param).name) + "_" +
+                                  std::get<1>(chosen.param);
+                         });
 
 }  // namespace
 }  // namespace arcus::testing

@@ -116,6 +116,7 @@ TEST_F(Learning, ARunThatDivergesStopsWithEverythingSaved) {
     bool busy() override { return false; }
     bool advance() override { return true; }
     void finish() override {}
+    bool restore() override { return false; }
   } saver;
   const RunOptions run_options{.max_bad_steps = 3, .run_dir = folder_.path()};
   const RunHooks hooks{.saver = &saver};
