@@ -21,9 +21,9 @@ class Faults : public testing_commands::TrainingCommands {
     return train(run, "--set train.steps=" + std::to_string(kSteps) +
                           " --set checkpoint.every=2 --set eval.every=10 " + more);
   }
-  /// Options of mpirun for ranks that meet `faults` (NAME=VALUE...) in their checkpoints' files.
-  static std::string meeting(const std::string& faults) {
-    std::string options = " -x LD_PRELOAD=" ARCUS_FAULTY_FILES " -x ARCUS_FAULT_PATH=/checkpoints";
+  /// Options of mpirun for ranks that meet `faults` (NAME=VALUE...) in files of that name.
+  static std::string meeting(const std::string& faults, const std::string& files) {
+    std::string options = " -x LD_PRELOAD=" ARCUS_FAULTY_FILES " -x ARCUS_FAULT_PATH=" + files;
     std::stringstream names(faults);
     for (std::string fault; names >> fault;) options += " -x ARCUS_FAULT_" + fault;
     return options;
@@ -32,8 +32,9 @@ class Faults : public testing_commands::TrainingCommands {
     return std::string(ARCUS_MPIRUN) + options + " -np " + std::to_string(ranks) + " " +
            ARCUS_BINARY + " " + arguments;
   }
-  static ShellResult faulty(int ranks, const std::string& faults, const std::string& arguments) {
-    return shell(launch(ranks, meeting(faults), arguments));
+  static ShellResult faulty(int ranks, const std::string& faults, const std::string& arguments,
+                            const std::string& files = "/checkpoints") {
+    return shell(launch(ranks, meeting(faults, files), arguments));
   }
   static void expect_like_undisturbed(const std::string& run) {
     if (!fs::exists(run_dir("undisturbed"))) {
@@ -162,6 +163,72 @@ TEST_F(Faults, AFolderThatTakesNoMoreFilesCostsNoCheckpointThatWasThere) {
     EXPECT_EQ(arcus(3, saving(run)).code, 0);
     expect_like_undisturbed(run);
   }
+}
+
+/// A job of three ranks, long enough to be disturbed.
+class LostRanks : public Faults {
+ protected:
+  /// Does `harm` to the job ($job, its launcher) after some steps, and waits for its end.
+  /// The last line of the output: seconds from the harm until no rank is left but `$spared`.
+  static ShellResult disturb(const std::string& run, const std::string& mpirun_options,
+                             const std::string& harm) {
+    const std::string metrics = (run_dir(run) / "metrics.jsonl").string();
+    return shell(
+        launch(3, mpirun_options, train(run, "--set train.steps=1000000")) +
+        " & job=$!; while ! grep -q '\"step\":300,' " + metrics +
+        " 2>/dev/null; do kill -0 $job || exit 1; sleep 0.01; done; victim=$(pgrep -P $job | "
+        "sed -n 2p); others=$(pgrep -P $job | grep -v $victim); begin=$(date +%s%N); " +
+        harm +
+        "; while kill -0 $others 2>/dev/null; do sleep 0.05; done; echo ended after $(( "
+        "($(date +%s%N) - begin) / 1000000 )) ms; wait $job");
+  }
+  static int milliseconds(const ShellResult& result) {
+    const auto at = result.out.find("ended after ");
+    return at == std::string::npos ? -1 : std::atoi(result.out.c_str() + at + 12);
+  }
+  static void expect_named(const ShellResult& result) {
+    EXPECT_TRUE(contains(result.out, "error: no rank has moved for ")) << result.out;
+    EXPECT_TRUE(contains(result.out, " is lost (silent for ")) << result.out;
+    for (const char* part : {"; rank 1 on ", "last seen at step ", ", layer ", ", in "}) {
+      EXPECT_TRUE(contains(result.out, part)) << part << "\n" << result.out;
+    }
+  }
+};
+
+TEST_F(LostRanks, AStoppedRankEndsTheJobWithinTenSecondsByName) {
+  const ShellResult result = disturb("stopped", "", "kill -STOP $victim");
+  EXPECT_EQ(result.code, 69) << result.out;
+  expect_named(result);
+  EXPECT_LT(milliseconds(result), 10000) << result.out;
+  EXPECT_EQ(arcus(0, "inspect --digest " + run_dir("stopped").string()).code, 66)
+      << "there was no checkpoint yet, and a broken job must not make one";
+}
+
+// A launcher that ends nobody, as srun without -K.
+TEST_F(LostRanks, AKilledRankIsNoticedWithoutTheLauncher) {
+  const ShellResult result =
+      disturb("killed_alone", " --mca orte_enable_recovery 1", "kill -KILL $victim");
+  expect_named(result);
+  EXPECT_GT(milliseconds(result), 0);
+  EXPECT_LT(milliseconds(result), 10000) << result.out;
+}
+
+// The rank's process lives and beats, its training thread waits for a file.
+TEST_F(LostRanks, ARankThatDoesNotGetOnIsReportedAsSlowAndLaterEndsTheJob) {
+  const std::string calls = "RANK=0 CALL=600 DELAY_US=";
+  const ShellResult slow =
+      faulty(3, calls + "1500000", train("slow", "--set train.steps=601"), "/metrics.jsonl");
+  EXPECT_EQ(slow.code, 0) << slow.out;
+  EXPECT_TRUE(contains(slow.out, "the others wait for 1.")) << slow.out;
+  EXPECT_TRUE(contains(slow.out, "a step takes 0.")) << slow.out;
+  EXPECT_TRUE(contains(slow.out, ": rank 0 on ")) << slow.out;
+  EXPECT_TRUE(contains(slow.out, " is slow, at step 59")) << slow.out;
+  const ShellResult stuck =
+      faulty(3, calls + "60000000",
+             train("stuck", "--set train.steps=1000 --set run.stuck_after_s=3"), "/metrics.jsonl");
+  EXPECT_EQ(stuck.code, 69) << stuck.out;
+  EXPECT_TRUE(contains(stuck.out, "; rank 0 on ")) << stuck.out;
+  EXPECT_TRUE(contains(stuck.out, " is late, at step ")) << stuck.out;
 }
 
 }  // namespace

@@ -5,7 +5,7 @@
 //   ARCUS_FAULT_CALL     n: SIGKILL at the n-th such call, a write half done
 //   ARCUS_FAULT_ALL      set: its launcher and all other ranks are killed with it
 //   ARCUS_FAULT_ERRNO    with ARCUS_FAULT_CALL: from the n-th call on all fail with this number
-//   ARCUS_FAULT_DELAY_US every call takes so much longer, as over a busy network
+//   ARCUS_FAULT_DELAY_US every call, or those from the n-th on, take so much longer
 //   ARCUS_FAULT_COUNT    file to which the number of calls is written at the end
 
 #include <dlfcn.h>
@@ -72,9 +72,10 @@ Fate fate_of(const char* path) {
   if (!p.here || p.path == nullptr || path == nullptr || std::strstr(path, p.path) == nullptr) {
     return Fate::go_on;
   }
-  if (p.delay_us > 0) usleep(static_cast<useconds_t>(p.delay_us));
   const long call = ++p.calls;
-  if (p.call < 0 || call < p.call) return Fate::go_on;
+  if (call < p.call) return Fate::go_on;
+  if (p.delay_us > 0) usleep(static_cast<useconds_t>(p.delay_us));
+  if (p.call < 0 || p.delay_us > 0) return Fate::go_on;
   if (p.error >= 0) {
     errno = static_cast<int>(p.error);
     return Fate::fail;
