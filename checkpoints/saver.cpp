@@ -67,8 +67,7 @@ void CheckpointSaver::tell(std::string_view stage) {
 void CheckpointSaver::run(std::function<void()> work) {
   working_ = true;
   error_.reset();
-  thread_ = std::thread([this, work = std::move(work)] {
-    use_all_processors();
+  auto and_tell = [this, work = std::move(work)] {
     std::optional<Error> error;
     try {
       work();
@@ -80,7 +79,15 @@ void CheckpointSaver::run(std::function<void()> work) {
     copied_ = true;
     working_ = false;
     changed_.notify_all();
-  });
+  };
+  try {
+    thread_ = std::thread([and_tell] {
+      use_all_processors();
+      and_tell();
+    });
+  } catch (const std::system_error&) {
+    and_tell();
+  }
 }
 
 void CheckpointSaver::join() {

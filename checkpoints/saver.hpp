@@ -32,7 +32,8 @@ class CheckpointSaver {
   CheckpointSaver& operator=(const CheckpointSaver&) = delete;
 
   /// Begins a save as save_checkpoint describes it. The state may be read at once and until
-  /// wait_copied returns; with `copy` false until the save ends. Collective.
+  /// wait_copied returns; with `copy` false until the save ends. Where no thread can be started the
+  /// work is done at once. Collective.
   void start(const CheckpointInfo& info, std::span<const StateView> views,
              const SaveOptions& options, bool copy);
   /// Returns when the state may change again.

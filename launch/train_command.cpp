@@ -61,13 +61,15 @@ int print_plan(const Arguments& arguments) {
                           : std::max(1, available_cores() / arguments.ranks);
   const TrainerOptions options = trainer_options(config, resolve_model(config, data));
   const int per_node = arguments.ranks_per_node > 0 ? arguments.ranks_per_node : arguments.ranks;
-  const TrainPlan plan =
-      make_plan(options, arguments.ranks, per_node, config.parallel.ep_size, threads);
-  fmt::print("{}", to_text(plan));
-  if (const std::int64_t available = memory_per_rank(per_node); available > 0) {
-    const MemoryFit fit = memory_fit(options, plan, per_node, config.parallel.ep_size, available);
-    if (!fit.fits_worst) spdlog::warn("on a machine like this one {}", fit.text);
+  TrainPlan plan = make_plan(options, arguments.ranks, per_node, config.parallel.ep_size, threads);
+  const std::int64_t available = memory_per_rank(per_node);
+  std::string tight;
+  if (available > 0) {
+    tight = memory_fit(options, plan, per_node, config.parallel.ep_size, available).text;
   }
+  plan_background_saves(plan, config, available);
+  fmt::print("{}", to_text(plan));
+  if (!tight.empty()) spdlog::warn("on a machine like this one {}", tight);
   for (const std::string& line : keys_without_effect(config)) spdlog::warn("{}", line);
   return static_cast<int>(ExitCode::ok);
 }

@@ -17,6 +17,7 @@
 #include "launch/version.hpp"
 #include "src/base/error.hpp"
 #include "src/base/hash.hpp"
+#include "src/base/hdf5.hpp"
 #include "src/base/log.hpp"
 #include "src/train/fingerprint.hpp"
 #include "src/train/plan.hpp"
@@ -219,9 +220,11 @@ void TrainRun::print_plan(const CheckedPlan& checked) const {
   if (!checked.tight.empty()) spdlog::warn("{}", checked.tight);
   if (config_.checkpoint.background && config_.checkpoint.every > 0 && !checked.background_saves) {
     spdlog::warn(
-        "training waits for checkpoints to be written: no memory for a copy of the state ({}); "
-        "checkpoint.background = false says that this is meant",
-        bytes_text(checked.plan.state_bytes));
+        "training waits for checkpoints to be written: {}; checkpoint.background = false says that "
+        "this is meant",
+        h5::is_thread_safe()
+            ? "no memory for a copy of the state (" + bytes_text(checked.plan.state_bytes) + ")"
+            : "this HDF5 library is not for several threads");
   }
 }
 

@@ -131,6 +131,11 @@ Handle make_dataset(hid_t file, const std::string& name, DType dtype, hid_t spac
 
 }  // namespace
 
+bool is_thread_safe() {
+  hbool_t safe = false;
+  return H5is_library_threadsafe(&safe) >= 0 && safe;
+}
+
 Handle& Handle::operator=(Handle&& other) noexcept {
   std::swap(id_, other.id_);
   return *this;

@@ -20,6 +20,9 @@ struct WriteStatus;  // of src/base/hdf5_driver.hpp
 using Id = std::int64_t;  ///< hid_t, kept out of this header
 using Shape = std::vector<std::int64_t>;
 
+/// Whether several threads may call the library, as it was built.
+bool is_thread_safe();
+
 /// Owning handle of any HDF5 object.
 class Handle {
  public:

@@ -81,6 +81,11 @@ class Run {
   RunEnd run() {
     const std::int64_t steps = trainer_.options().train.steps;
     RunEnd end = RunEnd::finished;
+    // One that was due when the run was cut short, and only saved.
+    if (trainer_.steps_done() > 0 && trainer_.steps_done() < steps && due(options_.eval.every) &&
+        trainer_.steps_done() != last_eval_) {
+      evaluate_now();
+    }
     while (trainer_.steps_done() < steps) {
       const StepRequests requests = step();
       if (options_.spike_factor > 0 && trainer_.spiked(options_.spike_factor)) go_back();

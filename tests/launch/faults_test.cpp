@@ -9,7 +9,6 @@ namespace arcus {
 namespace {
 
 namespace fs = std::filesystem;
-using testing_commands::metrics_without_timing;
 using testing_commands::read_file;
 
 class Faults : public testing_commands::TrainingCommands {
@@ -42,7 +41,7 @@ class Faults : public testing_commands::TrainingCommands {
       ASSERT_EQ(result.code, 0) << result.out;
     }
     EXPECT_EQ(digest(run), digest("undisturbed"));
-    EXPECT_EQ(metrics_without_timing(run_dir(run)), metrics_without_timing(run_dir("undisturbed")));
+    testing_commands::expect_same_metrics(run_dir(run), run_dir("undisturbed"));
   }
   /// Calls that a rank of `ranks` makes in a whole run.
   static int count_calls(int ranks, int rank) {

@@ -223,8 +223,7 @@ TEST_F(Supervise, ARunWhoseRankIsKilledEndsLikeAnUndisturbedOne) {
   EXPECT_EQ(result.code, 0) << result.out;
   EXPECT_GE(starts("killed"), 2) << "nothing was killed: " << result.out;
   EXPECT_EQ(digest("killed"), digest("quiet"));
-  EXPECT_EQ(testing_commands::metrics_without_timing(run_dir("killed")),
-            testing_commands::metrics_without_timing(run_dir("quiet")));
+  testing_commands::expect_same_metrics(run_dir("killed"), run_dir("quiet"));
 }
 
 }  // namespace

@@ -31,6 +31,18 @@ inline std::string metrics_without_timing(const fs::path& run) {
   return kept;
 }
 
+/// The metrics of two runs are the same but for the timing.
+inline void expect_same_metrics(const fs::path& run, const fs::path& other) {
+  std::stringstream ours(metrics_without_timing(run));
+  std::stringstream theirs(metrics_without_timing(other));
+  for (std::string a, b;;) {
+    const bool more = static_cast<bool>(std::getline(ours, a));
+    ASSERT_EQ(more, static_cast<bool>(std::getline(theirs, b))) << "one has more lines: " << a << b;
+    if (!more) return;
+    ASSERT_EQ(a, b);
+  }
+}
+
 /// A small data set, and commands as a user types them.
 class TrainingCommands : public ::testing::Test {
  protected:
