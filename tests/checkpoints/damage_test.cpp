@@ -1,4 +1,5 @@
 #include <atomic>
+#include <cstdlib>
 
 #include "tests/checkpoints/fixture.hpp"
 
@@ -149,6 +150,55 @@ TEST_F(Damage, FilesOfAnotherStepAreSeen) {
   restore("CHECKSUMS");
   take("rank-00001.h5");
   EXPECT_CONTAINS(load_error(copy_), "is damaged");
+}
+
+/// Same step, same sizes, another run.
+TEST_F(Damage, AShardOfAnotherRunIsSeen) {
+  const TemporaryFolder other;
+  run_on_threads(3, {}, [&](Communicator& world) {
+    Stream stream(1);
+    RankState state(tensor_cases(), world.rank(), world.size(), 2);
+    state.fill(77);
+    save_checkpoint(world, stream, other.path(), info_at(1), state.views(), {});
+  });
+  const fs::path foreign = *find_latest(other.path());
+  fs::copy_file(foreign / "rank-00002.h5", copy_ / "rank-00002.h5",
+                fs::copy_options::overwrite_existing);
+  const std::string message = load_error(copy_, 2);
+  EXPECT_CONTAINS(message, "is damaged");
+  EXPECT_CONTAINS(message, "rank-00002.h5");
+  EXPECT_THROW(verify_checkpoint(open_checkpoint(copy_)), Error);
+}
+
+/// ARCUS_FLIPS=all: every bit of every file; else one here and there.
+TEST_F(Damage, VerifyFindsEveryFlippedBit) {
+  const char* wanted = std::getenv("ARCUS_FLIPS");
+  const bool all = wanted != nullptr && std::string(wanted) == "all";
+  const TemporaryFolder run;
+  run_on_threads(2, {}, [&](Communicator& world) {
+    Stream stream(1);
+    const std::vector<TensorCase> small = {
+        {{"model.layers.0.mlp.experts.down_proj", DType::bf16, {4, 3, 5}, 4}, false},
+        {{"model.norm.weight", DType::f32, {7}, 1}, true}};
+    RankState state(small, world.rank(), world.size(), 0);
+    state.fill(1);
+    save_checkpoint(world, stream, run.path(), info_at(1), state.views(), {});
+  });
+  const fs::path path = *find_latest(run.path());
+  EXPECT_NO_THROW(verify_checkpoint(open_checkpoint(path)));
+  std::int64_t flips = 0;
+  for (const std::string& name : names_in(path)) {
+    const auto bits = static_cast<std::int64_t>(fs::file_size(path / name)) * 8;
+    for (std::int64_t bit = 0; bit < bits; bit += all ? 1 : 331) {
+      flip_bit(path / name, bit / 8, static_cast<int>(bit % 8));
+      EXPECT_THROW(verify_checkpoint(open_checkpoint(path)), Error)
+          << "bit " << bit << " of " << name;
+      flip_bit(path / name, bit / 8, static_cast<int>(bit % 8));
+      ++flips;
+    }
+  }
+  EXPECT_NO_THROW(verify_checkpoint(open_checkpoint(path)));
+  std::cout << flips << " flipped bits, all found\n";
 }
 
 TEST_F(Damage, DamageToTheStructureOfAShardIsFoundByVerify) {

@@ -139,6 +139,16 @@ TEST_F(PlantedTree, BackendsAreReachedThroughOpsAlone) {
                                       "backend; call the ops of kernels/*.hpp"}));
 }
 
+// A clock that jumps, by hand or by a time server, does nothing to a run.
+TEST_F(PlantedTree, NobodyAsksTheWallClock) {
+  for (const std::string clock : {"std::chrono::system_clock::now();\n", "std::time(nullptr);\n",
+                                  "clock_gettime(CLOCK_REALTIME, &now);\n"}) {
+    EXPECT_EQ(planted("comm/planted.cpp", clock).size(), 1U) << clock;
+    EXPECT_TRUE(planted("tests/comm/planted.cpp", clock).empty()) << clock;
+  }
+  EXPECT_TRUE(planted("comm/planted.cpp", "std::chrono::steady_clock::now();\n").empty());
+}
+
 TEST_F(PlantedTree, IncludesAreSpelledFromTheRoot) {
   EXPECT_EQ(planted("src/base/planted.cpp", "#include \"here.hpp\"\n").size(), 1U);
   EXPECT_EQ(planted("src/base/planted.cpp", "  #  include \"../base/here.hpp\"\n").size(), 1U);

@@ -118,9 +118,13 @@ std::string check_project_include(const fs::path& root, const std::string& file,
 /// every backend, so that an include line alone does not show who calls one.
 std::string check_code(const std::string& file, const std::string& line) {
   static const std::regex instance(R"(\b(cpu|cuda)::)");
-  if (!is_shared_code(file) || !std::regex_search(line.substr(0, line.find("//")), instance)) {
-    return "";
+  static const std::regex wall_clock(
+      R"(\b(system_clock|utc_clock|gettimeofday|CLOCK_REALTIME)\b|\bstd::time\()");
+  const std::string code = line.substr(0, line.find("//"));
+  if (!file.starts_with("tests/") && std::regex_search(code, wall_clock)) {
+    return "asks the wall clock, which jumps; steady_clock does not";
   }
+  if (!is_shared_code(file) || !std::regex_search(code, instance)) return "";
   return "names a backend's instance; call the op, which chooses by the stream's device";
 }
 

@@ -19,6 +19,7 @@ const std::vector<Folder>& folders();
 ///  - headers of MPI, NCCL, CUDA, oneDNN and HDF5 stay in the files that wrap them;
 ///  - only kernels/ and tests/ include a backend's headers (kernels/cpu, kernels/cuda) or name its
 ///    instances (cpu::, cuda::);
+///  - nobody asks the wall clock;
 ///  - every folder makes the library named in folders(), linked along the arrows too.
 std::vector<std::string> find_violations(const std::filesystem::path& root);
 
