@@ -2,18 +2,17 @@
 
 #include <algorithm>
 #include <filesystem>
-#include <fstream>
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "checkpoints/checkpoint.hpp"
 #include "launch/commands.hpp"
 #include "launch/digest_log.hpp"
+#include "launch/run_folder.hpp"
 #include "src/base/error.hpp"
 #include "src/base/hash.hpp"
 
@@ -95,26 +94,14 @@ void list_differences(const Json& a, const Json& b, const std::string& path,
                       : path);
 }
 
-/// metrics.jsonl by step, `timing` apart.
-struct Metrics {
-  std::map<std::int64_t, Json> steps, evaluations;
-};
-
-Metrics read_metrics(const fs::path& run) {
-  Metrics metrics;
-  std::ifstream in(run / "metrics.jsonl");
-  for (std::string text; std::getline(in, text);) {
-    Json json = Json::parse(text, nullptr, false);
-    if (!json.is_object() || !json.contains("step") || !json["step"].is_number_integer()) continue;
-    json.erase("timing");
-    const auto step = json["step"].get<std::int64_t>();
-    (json.contains("eval") ? metrics.evaluations : metrics.steps)[step] = std::move(json);
-  }
-  return metrics;
-}
-
-std::vector<std::string> compare_metrics(const Json& a, const Json& b) {
+/// What differs in two lines of metrics.jsonl besides `timing`. One that a crash cut off says
+/// nothing.
+std::vector<std::string> compare_metrics(const std::string& line_a, const std::string& line_b) {
   std::vector<std::string> found;
+  Json a = Json::parse(line_a, nullptr, false);
+  Json b = Json::parse(line_b, nullptr, false);
+  if (!a.is_object() || !b.is_object()) return found;
+  for (Json* each : {&a, &b}) each->erase("timing");
   list_differences(a, b, "", found);
   return found;
 }
@@ -123,9 +110,13 @@ std::string unit_name(const std::string& tensor, std::size_t unit, std::size_t u
   return units == 1 ? tensor : fmt::format("{}[{}]", tensor, unit);
 }
 
-std::vector<std::string> compare_digests(const DigestLine& a, const DigestLine& b) {
+std::vector<std::string> compare_digests(const std::string& line_a, const std::string& line_b) {
   std::vector<std::string> found;
-  if (a.digest == b.digest) return found;
+  const auto parsed_a = parse_digest_line(line_a);
+  const auto parsed_b = parse_digest_line(line_b);
+  if (!parsed_a || !parsed_b || parsed_a->digest == parsed_b->digest) return found;
+  const DigestLine& a = *parsed_a;
+  const DigestLine& b = *parsed_b;
   std::set<std::string> names;
   for (const DigestLine* line : {&a, &b}) {
     for (const auto& [name, units] : line->tensors) names.insert(name);
@@ -218,11 +209,18 @@ int diff(const Arguments& arguments) {
     ARCUS_REQUIRE(fs::is_directory(run), ExitCode::usage,
                   "{} is no run folder; give the run.dir of a run", run.string());
   }
-  const Metrics of_a = read_metrics(a);
-  const Metrics of_b = read_metrics(b);
-  const Finding metrics = compare_steps(of_a.steps, of_b.steps, compare_metrics);
-  const Finding evaluations = compare_steps(of_a.evaluations, of_b.evaluations, compare_metrics);
-  const Finding digests = compare_steps(read_digests(a), read_digests(b), compare_digests);
+  StepLines metrics_a(a / "metrics.jsonl"), metrics_b(b / "metrics.jsonl");
+  const auto lines_of_metrics = [&](auto line_a, auto line_b) {
+    return compare_metrics(metrics_a.read(line_a), metrics_b.read(line_b));
+  };
+  const Finding metrics = compare_steps(metrics_a.steps(), metrics_b.steps(), lines_of_metrics);
+  const Finding evaluations =
+      compare_steps(metrics_a.evaluations(), metrics_b.evaluations(), lines_of_metrics);
+  StepLines digests_a(a / kDigestLogName), digests_b(b / kDigestLogName);
+  const Finding digests =
+      compare_steps(digests_a.steps(), digests_b.steps(), [&](auto line_a, auto line_b) {
+        return compare_digests(digests_a.read(line_a), digests_b.read(line_b));
+      });
   const Finding checkpoints =
       compare_steps(checkpoints_of(a), checkpoints_of(b), compare_checkpoints);
   ARCUS_REQUIRE(metrics.compared + digests.compared + checkpoints.compared > 0, ExitCode::usage,

@@ -38,22 +38,17 @@ void DigestLog::write(std::int64_t step, const Checkpoint& state) {
   out_.clear();
 }
 
-std::map<std::int64_t, DigestLine> read_digests(const std::filesystem::path& run_dir) {
-  std::map<std::int64_t, DigestLine> lines;
-  std::ifstream in(run_dir / kDigestLogName);
-  for (std::string text; std::getline(in, text);) {
-    try {
-      const Json json = Json::parse(text);
-      DigestLine line{.digest = json.at("digest").get<std::string>(), .tensors = {}};
-      for (const auto& [name, units] : json.at("tensors").items()) {
-        line.tensors[name] = units.get<std::vector<std::string>>();
-      }
-      lines[json.at("step").get<std::int64_t>()] = std::move(line);
-    } catch (const Json::exception&) {
-      // Cut off by a crash or a full disk.
+std::optional<DigestLine> parse_digest_line(const std::string& text) {
+  try {
+    const Json json = Json::parse(text);
+    DigestLine line{.digest = json.at("digest").get<std::string>(), .tensors = {}};
+    for (const auto& [name, units] : json.at("tensors").items()) {
+      line.tensors[name] = units.get<std::vector<std::string>>();
     }
+    return line;
+  } catch (const Json::exception&) {
+    return std::nullopt;
   }
-  return lines;
 }
 
 }  // namespace arcus

@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <fstream>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -35,7 +36,7 @@ struct DigestLine {
   std::string digest;
   std::map<std::string, std::vector<std::string>> tensors;  ///< hashes of units
 };
-/// Lines by step; none where there is no file. Lines that cannot be read are left out.
-std::map<std::int64_t, DigestLine> read_digests(const std::filesystem::path& run_dir);
+/// None where the line was cut off by a crash or a full disk.
+std::optional<DigestLine> parse_digest_line(const std::string& line);
 
 }  // namespace arcus

@@ -1,9 +1,11 @@
 #include "launch/run_folder.hpp"
 
 #include <algorithm>
+#include <charconv>
 #include <fstream>
 #include <random>
 #include <string>
+#include <string_view>
 #include <utility>
 
 #include "src/base/hash.hpp"
@@ -54,6 +56,32 @@ RecentMetrics read_recent_metrics(const std::filesystem::path& run, std::size_t 
                        recent.steps.end() - static_cast<std::ptrdiff_t>(most_steps));
   }
   return recent;
+}
+
+StepLines::StepLines(const std::filesystem::path& file) : file_(file) {
+  Position begin = 0;
+  for (std::string line; std::getline(file_, line);) {
+    const Position next = begin + static_cast<Position>(line.size()) + 1;
+    // Found without parsing, which would take long: both stand at a line's beginning.
+    const std::string head = line.substr(0, 64);
+    constexpr std::string_view kStep = "\"step\":";
+    const std::size_t at = head.find(kStep);
+    std::int64_t step = 0;
+    const char* const digits = at == std::string::npos ? nullptr : &head[at + kStep.size()];
+    if (digits != nullptr &&
+        std::from_chars(digits, head.data() + head.size(), step).ec == std::errc()) {
+      (head.find("\"eval\":") == std::string::npos ? steps_ : evaluations_)[step] = begin;
+    }
+    begin = next;
+  }
+}
+
+std::string StepLines::read(Position line) {
+  file_.clear();
+  file_.seekg(line);
+  std::string text;
+  std::getline(file_, text);
+  return text;
 }
 
 std::int64_t last_step(const std::filesystem::path& run) {
