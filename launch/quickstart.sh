@@ -42,10 +42,11 @@ megabytes_of_code=24
 
 say() { printf '\n== %s\n' "$*"; }
 
-# A longer time between TERM and KILL lets an interrupted run save a checkpoint. As many ranks as
+# Ctrl-C: mpirun sends TERM after five seconds and KILL after five more, in which an interrupted run
+# saves a checkpoint. As many ranks as
 # asked for, on however few cores; one that waits leaves its core to the other.
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_mpi_yield_when_idle=1
-export OMPI_MCA_btl_base_warn_component_unused=0 OMPI_MCA_odls_base_sigkill_timeout=60
+export OMPI_MCA_btl_base_warn_component_unused=0 OMPI_MCA_odls_base_sigkill_timeout=5
 mpirun_2="mpirun -q --oversubscribe --bind-to none -np 2"
 
 introduce() {
