@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <fmt/format.h>
+#include <spdlog/spdlog.h>
 #include <sys/file.h>
 #include <unistd.h>
 
@@ -11,6 +12,7 @@
 #include <cstring>
 #include <string>
 #include <thread>
+#include <utility>
 
 #include "src/base/error.hpp"
 #include "src/base/host.hpp"
@@ -24,9 +26,36 @@ std::string read_holder(int descriptor) {
   return got > 0 ? std::string(text.data(), static_cast<std::size_t>(got)) : "another process";
 }
 
+/// What flock returns at last, with errno.
+int lock_in_time(int descriptor, const std::filesystem::path& run_dir,
+                 std::chrono::milliseconds patience) {
+  using Clock = std::chrono::steady_clock;
+  // `arcus status` holds it for a moment.
+  constexpr std::chrono::milliseconds kMoment(200), kPause(40);
+  const auto begin = Clock::now();
+  bool said = false;
+  while (::flock(descriptor, LOCK_EX | LOCK_NB) != 0) {
+    if (errno != EWOULDBLOCK) return -1;
+    const std::string holder = read_holder(descriptor);
+    const bool elsewhere = !holder.ends_with(" on " + node_name());
+    const auto waited = Clock::now() - begin;
+    if (waited > (elsewhere ? patience : kMoment)) {
+      errno = EWOULDBLOCK;
+      return -1;
+    }
+    if (elsewhere && waited > kMoment && !std::exchange(said, true)) {
+      spdlog::warn("run folder {} is in use by {}, whose node may be gone; waiting at most {} s",
+                   run_dir.string(), holder,
+                   std::chrono::duration_cast<std::chrono::seconds>(patience).count());
+    }
+    std::this_thread::sleep_for(kPause);
+  }
+  return 0;
+}
+
 }  // namespace
 
-RunLock::RunLock(const std::filesystem::path& run_dir) {
+RunLock::RunLock(const std::filesystem::path& run_dir, std::chrono::milliseconds patience) {
   std::error_code error;
   std::filesystem::create_directories(run_dir, error);
   ARCUS_REQUIRE(!error, ExitCode::usage,
@@ -36,12 +65,7 @@ RunLock::RunLock(const std::filesystem::path& run_dir) {
   descriptor_ = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
   ARCUS_REQUIRE(descriptor_ >= 0, ExitCode::usage, "cannot open {}: {}; choose another [run] dir",
                 path.string(), std::strerror(errno));
-  // `arcus status` holds it for a moment.
-  int failed = ::flock(descriptor_, LOCK_EX | LOCK_NB);
-  for (int i = 0; i < 5 && failed != 0 && errno == EWOULDBLOCK; ++i) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(40));
-    failed = ::flock(descriptor_, LOCK_EX | LOCK_NB);
-  }
+  const int failed = lock_in_time(descriptor_, run_dir, patience);
   if (failed != 0) {
     const bool taken = errno == EWOULDBLOCK;
     const std::string reason =

@@ -1,4 +1,8 @@
+#include <chrono>
+#include <cstdlib>
+#include <memory>
 #include <nlohmann/json.hpp>
+#include <thread>
 
 #include "checkpoints/inspect.hpp"
 #include "checkpoints/layout.hpp"
@@ -264,6 +268,24 @@ TEST(RunLock, NamesTheHolder) {
     EXPECT_CONTAINS(message, "is in use by process " + std::to_string(::getpid()) + " on ");
   }
   EXPECT_NO_THROW(RunLock(run.path() / "new"));
+}
+
+TEST(RunLock, WaitsForAHolderOnAnotherNode) {
+  const TemporaryFolder run;
+  ::setenv("SLURMD_NODENAME", "n1", 1);
+  auto first = std::make_unique<RunLock>(run.path());
+  ::setenv("SLURMD_NODENAME", "n2", 1);
+  const auto milliseconds = [](int count) { return std::chrono::milliseconds(count); };
+  const std::string message =
+      error_of([&] { RunLock(run.path(), milliseconds(300)); }, ExitCode::usage);
+  EXPECT_CONTAINS(message, " on n1; wait for that run to end");
+  std::thread end([&] {
+    std::this_thread::sleep_for(milliseconds(500));
+    first.reset();
+  });
+  EXPECT_NO_THROW(RunLock(run.path(), std::chrono::seconds(30)));
+  end.join();
+  ::unsetenv("SLURMD_NODENAME");
 }
 
 }  // namespace
