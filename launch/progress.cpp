@@ -11,7 +11,7 @@ namespace {
 
 using Seconds = std::chrono::duration<double>;
 constexpr Seconds kTerminalInterval{0.1};
-constexpr Seconds kPlainInterval{10};
+constexpr Seconds kPlainInterval{60};
 
 }  // namespace
 

@@ -21,7 +21,7 @@ std::string format_duration(double seconds);
 std::string format_count(double count);
 
 /// The run's progress on one line that is drawn again and again on a terminal; elsewhere a plain
-/// line about every ten seconds, and for the first and last step.
+/// line a minute, and one for the first and last step.
 class ProgressLine {
  public:
   using Clock = std::chrono::steady_clock;
