@@ -135,21 +135,40 @@ ancestors() {
   done
 }
 
-# Daemons by their command lines; steps and what they started by SLURM_CONF. slurmstepd writes over
-# both, but keeps its log open.
+# Of the files of /proc, those with this very entry: of an environment, say.
+with_entry() {
+  entry=$1
+  shift
+  grep -lzxF -e "$entry" "$@" 2>/dev/null || true
+}
+
+# slurmstepd writes over its command line and environment, but keeps its node's log open.
+stepds() {
+  grep -lx slurmstepd /proc/[0-9]*/comm 2>/dev/null | while IFS=/ read -r _ _ pid _; do
+    ! find "/proc/$pid/fd" -lname "$1/*" 2>/dev/null | grep -q . || echo "$pid"
+  done
+}
+
+# Processes that Slurm started on a node: the batch shell, srun, ranks.
+on_node() {
+  files=$(with_entry "SLURMD_NODENAME=n$1" /proc/[0-9]*/environ)
+  # shellcheck disable=SC2086  # several words
+  [ -z "$files" ] || with_entry "SLURM_CONF=$dir/slurm.conf" $files | cut -d / -f 3
+}
+
+# Daemons by their command lines, steps, and what they started: not what a user's shell with this
+# SLURM_CONF did.
 left() {
   above=$(ancestors)
-  for process in /proc/[0-9]*; do
-    pid=${process#/proc/}
+  {
+    grep -lF -e "$dir/" /proc/[0-9]*/cmdline 2>/dev/null || true
+    for node in $nodes; do on_node "$node" | sed 's|.*|/proc/&/|'; done
+    stepds "$dir" | sed 's|.*|/proc/&/|'
+  } | cut -d / -f 3 | sort -un | while read -r pid; do
     case "$above" in *" $pid "*) continue ;; esac
-    if tr '\0' '\n' 2>/dev/null <"$process/cmdline" | grep -qF -e "$dir/" ||
-      tr '\0' '\n' 2>/dev/null <"$process/environ" | grep -qxF -e "SLURM_CONF=$dir/slurm.conf" ||
-      { grep -q '^slurmstepd' "$process/comm" 2>/dev/null &&
-        find "$process/fd" -lname "$dir/*" 2>/dev/null | grep -q .; }; then
-      # A zombie has ended already, whenever its parent looks.
-      grep -q '^State:[[:space:]]*Z' "$process/status" 2>/dev/null || echo "$pid"
-    fi
-  done
+    # A zombie has ended already, whenever its parent looks.
+    grep -q '^State:[[:space:]]*[^Z[:space:]]' "/proc/$pid/status" 2>/dev/null && echo "$pid"
+  done || true
 }
 
 # Signals what belongs to DIR until nothing does.
@@ -185,35 +204,16 @@ down() {
   rm -rf "$dir"
 }
 
-# Processes that Slurm started on a node: the batch shell, srun, ranks.
-on_node() {
-  for process in /proc/[0-9]*; do
-    names=$(tr '\0' '\n' 2>/dev/null <"$process/environ") || continue
-    case "$names" in
-      *"SLURM_CONF=$dir/slurm.conf"*) ;;
-      *) continue ;;
-    esac
-    case "$names" in *"SLURMD_NODENAME=n$1"*) echo "${process#/proc/}" ;; esac
-  done
-}
-
 kill_rank() {
   for pid in $(on_node "$1"); do
     ! grep -qx arcus "/proc/$pid/comm" 2>/dev/null || kill -s KILL "$pid"
   done
 }
 
-# All at once, so that nobody has the time to report.
+# Those first who could tell the controller of the others' end.
 kill_node() {
-  victims="$(cat "$dir/n$1/slurmd.pid") $(on_node "$1")"
-  for process in /proc/[0-9]*; do
-    if grep -q '^slurmstepd' "$process/comm" 2>/dev/null &&
-      find "$process/fd" -lname "$dir/n$1/*" 2>/dev/null | grep -q .; then
-      victims="$victims ${process#/proc/}"
-    fi
-  done
-  # shellcheck disable=SC2086  # several words
-  kill -s KILL $victims 2>/dev/null || true
+  # shellcheck disable=SC2046  # several words
+  kill -s KILL $(stepds "$dir/n$1") $(cat "$dir/n$1/slurmd.pid") $(on_node "$1") 2>/dev/null || true
 }
 
 case "${1:-}:${2:-}" in
