@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes sure that the Debian packages for a purpose are there, and installs those that are missing
-# where this user may. Purposes: build, test, text, study (see the lists below).
+# where this user may. Purposes: build, test, text, study, cluster (see the lists below).
 #
 #   launch/install-packages.sh build test
 set -eu
@@ -12,6 +12,8 @@ test_packages="libgtest-dev hdf5-tools python3-numpy python3-h5py"
 # The texts themselves are fetched and unpacked by the quickstart, not installed.
 text_packages="xz-utils libreadline8"
 study_packages="jq gnuplot-nox"
+# For tests, which start daemons of their own.
+cluster_packages="slurmctld slurmd slurm-client munge"
 
 packages_for() {
   case "$1" in
@@ -19,8 +21,9 @@ packages_for() {
     test) echo $test_packages ;;
     text) echo $text_packages ;;
     study) echo $study_packages ;;
+    cluster) echo $cluster_packages ;;
     *)
-      echo "install-packages.sh: unknown purpose $1; there are build, test, text and study" >&2
+      echo "install-packages.sh: unknown purpose $1; there are build, test, text, study and cluster" >&2
       exit 64
       ;;
   esac
@@ -58,6 +61,18 @@ else
 fi
 echo "Installing$missing"
 export DEBIAN_FRONTEND=noninteractive
+# Debian starts services that it installs; nobody asked for Slurm's on this machine. (After a
+# reboot Slurm's need an /etc/slurm/slurm.conf, which is not there; munge's listens on a local socket.)
+policy=/usr/sbin/policy-rc.d
+case " $* " in
+  *" cluster "*)
+    if [ ! -e $policy ]; then
+      trap '$as_root rm -f $policy' EXIT
+      printf '#!/bin/sh\nexit 101\n' | $as_root tee $policy >/dev/null
+      $as_root chmod 755 $policy
+    fi
+    ;;
+esac
 # Another package manager at work is waited for.
 $as_root apt-get -o DPkg::Lock::Timeout=300 -qq update
 $as_root env DEBIAN_FRONTEND=noninteractive \

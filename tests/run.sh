@@ -25,6 +25,8 @@ while [ $# -gt 0 ]; do
 done
 
 launch/install-packages.sh build test study
+launch/install-packages.sh cluster ||
+  echo "tests/run.sh: without these packages the tests on a Slurm cluster are left out" >&2
 cmake --preset "$preset"
 cmake --build --preset "$preset"
 # Ranks share few cores here: one that waits must leave its core to the others.
