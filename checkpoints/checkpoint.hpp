@@ -79,6 +79,7 @@ struct Checkpoint {
 struct SaveOptions {
   std::int64_t keep = 2;        ///< newest checkpoints kept; < 1 = all
   std::int64_t keep_every = 0;  ///< also keep those at multiples of n steps; 0 = none
+  std::int64_t also = -1;       ///< also keep the one of this step; -1 = none
   /// Told on each rank as it enters "collect", "write", "report"; on rank 0 also "index",
   /// "checksums", "rename", "latest", "retire".
   std::function<void(std::string_view stage)> on_stage;
@@ -111,6 +112,11 @@ CheckpointInfo load_checkpoint(Communicator& world, Stream& stream,
                                const std::filesystem::path& path, std::span<const StateView> views,
                                Match match = Match::exact);
 
+/// Whether the checkpoint at `path` fits the views and every block that they need is sound; they
+/// are not touched. The reason why not is a warning. Collective.
+bool is_usable(Communicator& world, Stream& stream, const std::filesystem::path& path,
+               std::span<const StateView> views, const std::function<void()>& while_reading = {});
+
 /// Reads the description; checks CHECKSUMS, the index, presence and sizes of the shards.
 Checkpoint open_checkpoint(const std::filesystem::path& path);
 /// Reads all data and compares each block's hash, then each file's.
@@ -140,6 +146,9 @@ class TensorReader {
 
 /// Checkpoints of a run with their final names, newest step first.
 std::vector<std::filesystem::path> list_checkpoints(const std::filesystem::path& run_dir);
+/// Where the checkpoint of a step stands, and the step of a checkpoint's folder by its name.
+std::filesystem::path checkpoint_path(const std::filesystem::path& run_dir, std::int64_t step);
+std::optional<std::int64_t> step_of_checkpoint(const std::filesystem::path& path);
 /// The one saved last: what `latest` names, or the newest where that file is of no use.
 std::optional<std::filesystem::path> find_latest(const std::filesystem::path& run_dir);
 /// The checkpoint that `path` means: a checkpoint's folder, or a run's (its latest).

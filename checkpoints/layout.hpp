@@ -62,6 +62,9 @@ Checkpoint open(const std::filesystem::path& path, bool check_shards);
 
 /// Throws (checkpoint) where views and checkpoint name other tensors, types or shapes.
 void require_match(const Checkpoint& checkpoint, std::span<const StateView> views, Match match);
+/// Reads what read_views would, for the sake of its hashes; the views are not touched.
+void check_views(const Checkpoint& checkpoint, std::span<const StateView> views,
+                 const std::function<void()>& while_reading = {});
 /// Fills this rank's views; returns the bytes read for them. `while_reading` may be empty.
 std::int64_t read_views(const Checkpoint& checkpoint, std::span<const StateView> views,
                         const std::function<void()>& while_reading = {});

@@ -47,6 +47,18 @@ const StoredRange& range_of_row(const StoredTensor& tensor, std::int64_t row) {
   return *std::prev(after);
 }
 
+/// Reads rows block by block, for the sake of their hashes.
+void check_blocks(TensorReader& reader, const StoredTensor& tensor, RowRange rows,
+                  std::vector<char>& buffer) {
+  const layout::BlockRange blocks = layout::blocks_of(tensor.spec, rows);
+  for (std::int64_t block = blocks.first; block < blocks.last; ++block) {
+    const RowRange part = block_range(tensor.spec, block);
+    buffer.resize(
+        static_cast<std::size_t>((part.end - part.begin) * layout::row_bytes(tensor.spec)));
+    reader.read(tensor, part, buffer.data());
+  }
+}
+
 std::string describe(const TensorSpec& spec) {
   return fmt::format("{} {} in {} units", name_of(spec.dtype), layout::shape_text(spec),
                      spec.num_units);
@@ -158,47 +170,55 @@ void require_match(const Checkpoint& checkpoint, std::span<const StateView> view
                 checkpoint.path.string(), problems);
 }
 
-std::int64_t read_views(const Checkpoint& checkpoint, std::span<const StateView> views,
-                        const std::function<void()>& while_reading) {
+namespace {
+
+/// Calls read(reader, tensor, slice) for all that the views name; returns the bytes read.
+template <class Read>
+std::int64_t for_each_slice(const Checkpoint& checkpoint, std::span<const StateView> views,
+                            const std::function<void()>& while_reading, Read&& read) {
   std::map<std::string_view, const StoredTensor*> stored;
   for (const StoredTensor& tensor : checkpoint.tensors) stored[tensor.spec.name] = &tensor;
   TensorReader reader(checkpoint);
   for (const StateView& view : views) {
     for (const StateSlice& slice : view.slices) {
       if (view.spec.num_elements() == 0) continue;
-      reader.read(*stored.at(view.spec.name), slice.rows, slice.data);
+      read(reader, *stored.at(view.spec.name), slice);
       if (while_reading) while_reading();
     }
   }
   return reader.bytes_read();
 }
 
+}  // namespace
+
+std::int64_t read_views(const Checkpoint& checkpoint, std::span<const StateView> views,
+                        const std::function<void()>& while_reading) {
+  return for_each_slice(
+      checkpoint, views, while_reading,
+      [](TensorReader& reader, const StoredTensor& tensor, const StateSlice& slice) {
+        reader.read(tensor, slice.rows, slice.data);
+      });
+}
+
+void check_views(const Checkpoint& checkpoint, std::span<const StateView> views,
+                 const std::function<void()>& while_reading) {
+  std::vector<char> buffer;
+  for_each_slice(checkpoint, views, while_reading,
+                 [&](TensorReader& reader, const StoredTensor& tensor, const StateSlice& slice) {
+                   check_blocks(reader, tensor, slice.rows, buffer);
+                 });
+}
+
 }  // namespace layout
 
 Checkpoint open_checkpoint(const fs::path& path) { return layout::open(path, true); }
 
-namespace {
-
-void verify_blocks(const Checkpoint& checkpoint) {
+void verify_checkpoint(const Checkpoint& checkpoint) {
   TensorReader reader(checkpoint);
   std::vector<char> buffer;
   for (const StoredTensor& tensor : checkpoint.tensors) {
-    for (const StoredRange& range : tensor.ranges) {
-      const auto blocks = layout::blocks_of(tensor.spec, range.rows);
-      for (std::int64_t block = blocks.first; block < blocks.last; ++block) {
-        const RowRange rows = block_range(tensor.spec, block);
-        buffer.resize(
-            static_cast<std::size_t>((rows.end - rows.begin) * layout::row_bytes(tensor.spec)));
-        reader.read(tensor, rows, buffer.data());
-      }
-    }
+    for (const StoredRange& range : tensor.ranges) check_blocks(reader, tensor, range.rows, buffer);
   }
-}
-
-}  // namespace
-
-void verify_checkpoint(const Checkpoint& checkpoint) {
-  verify_blocks(checkpoint);
   for (const StoredFile& file : checkpoint.files) {
     const fs::path path = checkpoint.path / file.name;
     const std::uint64_t hash = files::hash(path);

@@ -108,6 +108,14 @@ std::vector<fs::path> list_checkpoints(const fs::path& run_dir) {
   return paths;
 }
 
+fs::path checkpoint_path(const fs::path& run_dir, std::int64_t step) {
+  return layout::checkpoints_folder(run_dir) / layout::step_name(step);
+}
+
+std::optional<std::int64_t> step_of_checkpoint(const fs::path& path) {
+  return layout::step_of_name(path.filename().string());
+}
+
 std::optional<fs::path> find_latest(const fs::path& run_dir) {
   const auto paths = list_checkpoints(run_dir);
   if (paths.empty()) return std::nullopt;
@@ -144,6 +152,24 @@ CheckpointInfo load_checkpoint(Communicator& world, Stream& stream, const fs::pa
   agree_on_errors(world, stream, [&] { layout::require_match(checkpoint, views, match); });
   agree_on_errors(world, stream, [&] { layout::read_views(checkpoint, views); });
   return checkpoint.info;
+}
+
+bool is_usable(Communicator& world, Stream& stream, const fs::path& path,
+               std::span<const StateView> views, const std::function<void()>& while_reading) {
+  try {
+    const Checkpoint checkpoint = open_on_all(world, stream, path);
+    agree_on_errors(world, stream, [&] {
+      layout::require_match(checkpoint, views, Match::exact);
+      layout::check_views(checkpoint, views, while_reading);
+    });
+    return true;
+  } catch (const Error& error) {
+    if (error.code() != ExitCode::checkpoint) throw;
+    if (world.rank() == 0) {
+      spdlog::warn("checkpoint {} is not usable: {}", path.string(), error.what());
+    }
+    return false;
+  }
 }
 
 std::optional<Resumed> resume_checkpoint(Communicator& world, Stream& stream,

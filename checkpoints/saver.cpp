@@ -24,7 +24,8 @@ void prepare_folder(const fs::path& folder, const fs::path& temporary) {
     if (entry.path().extension() == layout::kTemporarySuffix) fs::remove_all(entry.path(), error);
   }
   ARCUS_REQUIRE(fs::create_directory(temporary, error), ExitCode::checkpoint,
-                "cannot create {}: {}", temporary.string(), error.message());
+                "cannot create {}: {}", temporary.string(),
+                error ? error.message() : "it is there already; does another process save here?");
 }
 
 /// Removes what is old, and what an exchange left. A failure here costs disk space, not the save.
@@ -39,7 +40,7 @@ void retire(const fs::path& run_dir, const fs::path& temporary, std::int64_t ste
     if (other > step) continue;
     ++kept;
     const bool milestone = options.keep_every > 0 && other % options.keep_every == 0;
-    if (options.keep < 1 || kept <= options.keep || milestone) continue;
+    if (options.keep < 1 || kept <= options.keep || milestone || other == options.also) continue;
     // Gone under its final name at once: a removal cut short must not leave half a checkpoint.
     const fs::path doomed = path.string() + layout::kTemporarySuffix;
     fs::rename(path, doomed, error);

@@ -13,6 +13,7 @@
 #include "checkpoints/saver.hpp"
 #include "launch/bench.hpp"
 #include "src/base/error.hpp"
+#include "src/base/memory.hpp"
 
 namespace arcus {
 namespace {
@@ -75,7 +76,8 @@ void transfer(const fs::path& path, std::size_t bytes,
               const std::function<ssize_t(std::size_t at, std::size_t size)>& call) {
   for (std::size_t at = 0; at < bytes;) {
     const ssize_t moved = call(at, std::min(kTransfer, bytes - at));
-    ARCUS_REQUIRE(moved > 0, ExitCode::usage, "{}: {}", path.string(), std::strerror(errno));
+    ARCUS_REQUIRE(moved > 0, ExitCode::usage, "{}: {}", path.string(),
+                  moved < 0 ? std::strerror(errno) : "shorter than it was");
     at += static_cast<std::size_t>(moved);
   }
 }
@@ -125,10 +127,19 @@ class CheckpointBench {
  public:
   CheckpointBench(Session& session, const BenchOptions& options)
       : session_(session),
-        folder_(fs::path(options.dir) / "arcus-bench-checkpoint"),
+        folder_(fs::path(options.dir) /
+                broadcast_text(session.comm(), session.stream(),
+                               fmt::format("arcus-bench-checkpoint-{}", ::getpid()))),
         state_(session.comm().rank(), session.comm().size(), options.mib << 20),
         raw_(folder_ / fmt::format("raw-{}", session.comm().rank())),
         saver_(session.comm(), session.stream(), folder_) {}
+
+  ~CheckpointBench() {
+    std::error_code ignored;
+    if (session_.is_root()) fs::remove_all(folder_, ignored);
+  }
+  CheckpointBench(const CheckpointBench&) = delete;
+  CheckpointBench& operator=(const CheckpointBench&) = delete;
 
   void run(std::int64_t repeats) {
     sample_files(/*counts=*/false);
@@ -136,7 +147,6 @@ class CheckpointBench {
       sample_files(/*counts=*/true);
       sample_checkpoint();
     }
-    finish();
     print(repeats);
   }
 
@@ -153,16 +163,11 @@ class CheckpointBench {
 
   /// What an earlier sample left is not overwritten, which would cost or save time.
   void begin_anew() {
-    finish();
-    session_.together([&] {
-      if (session_.is_root()) fs::create_directories(folder_);
-    });
-    session_.comm().barrier(session_.stream());
-  }
-  void finish() {
     session_.comm().barrier(session_.stream());
     session_.together([&] {
-      if (session_.is_root()) fs::remove_all(folder_);
+      if (!session_.is_root()) return;
+      fs::remove_all(folder_);
+      fs::create_directories(folder_);
     });
   }
   void drop_caches() {
@@ -230,6 +235,14 @@ class CheckpointBench {
 }  // namespace
 
 ExitCode bench_checkpoint(Session& session, const BenchOptions& options) {
+  session.together([&] {
+    // The state, and the copy of it for a save in the background.
+    const std::int64_t needed =
+        2 * (options.mib << 20) / session.comm().size() * session.comm().node_size();
+    ARCUS_REQUIRE(available_memory() == 0 || needed <= available_memory(), ExitCode::usage,
+                  "--mib {} needs {} MiB of memory on this machine, which has {} left; take less",
+                  options.mib, needed >> 20, available_memory() >> 20);
+  });
   CheckpointBench(session, options).run(options.repeats);
   return ExitCode::ok;
 }

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "checkpoints/checkpoint.hpp"
+#include "checkpoints/run_lock.hpp"
 #include "launch/checks.hpp"
 #include "launch/commands.hpp"
 #include "launch/run_folder.hpp"
@@ -27,6 +28,7 @@ struct Arguments {
   std::string path;
   std::string out;
   std::string keep;
+  std::vector<std::string> sets;
   std::int64_t num_experts = 0;
   std::int64_t topk = 0;  ///< 0 = as it is
   double noise = 0.01;
@@ -38,17 +40,20 @@ constexpr const char* kFooter =
     "first\n"
     "checkpoint, of the same step, with optimizer state and all. New expert e is a copy of expert "
     "e\n"
-    "mod E, and copies' gate rows get a little noise so that they part. N a multiple m of E, "
-    "--topk\n"
-    "m times as large and --noise 0 keep what the model computes (dropless, scores that are\n"
-    "renormalized or of a softmax). Fewer experts need --keep: which ones stay, in every layer.\n"
+    "mod E, and copies' gate rows get a little noise so that they part. Fewer experts need "
+    "--keep:\n"
+    "which ones stay, in every layer. N a multiple m of E, --topk m times as large and --noise 0 "
+    "keep\n"
+    "what the model computes where the gate takes the largest of all scores (routing.select = "
+    "topk,\n"
+    "n_group = 1, no topk in overrides), renormalized or of a softmax, and nothing is dropped.\n"
     "A large model goes through several ranks' memory: mpirun -np 4 arcus convert ...\n"
     "\n"
     "Examples:\n"
     "  arcus convert runs/small --num-experts 16 --out runs/wide\n"
     "  arcus convert runs/small --num-experts 16 --topk 4 --noise 0 --out runs/same\n"
     "  arcus convert runs/small --num-experts 5 --keep 0-3,7 --out runs/less\n"
-    "  arcus train again.toml --set run.dir=runs/wide --set model.num_experts=16   # goes on";
+    "  arcus inspect --config runs/wide > wide.toml; arcus train wide.toml            # goes on";
 
 /// "0-3,7" as numbers.
 std::vector<std::int64_t> parse_keep(const std::string& text, std::int64_t num_experts) {
@@ -105,6 +110,12 @@ Config converted_config(const Arguments& arguments, Config config) {
   config.model.num_experts = arguments.num_experts;
   if (arguments.topk > 0) config.model.topk = arguments.topk;
   if (config.parallel.ep_size > config.model.num_experts) config.parallel.ep_size = 0;
+  for (const std::string& assignment : arguments.sets) {
+    ARCUS_REQUIRE(!assignment.starts_with("model."), ExitCode::usage,
+                  "--set {}: what the model is besides its experts does not change; leave it out",
+                  assignment);
+    apply_set(config, assignment);
+  }
   config.run.dir = arguments.out;
   validate(config);
   return config;
@@ -201,18 +212,28 @@ CheckpointInfo converted_info(CheckpointInfo info, const Config& config) {
 
 ExitCode run_on_ranks(Session& session, const Arguments& arguments) {
   Checkpoint checkpoint;
+  Config before;
   Config config;
   std::vector<StateView> views;
   std::unique_ptr<Conversion> conversion;
+  std::unique_ptr<RunLock> lock;
   session.together([&] {
+    ARCUS_REQUIRE(!arguments.out.empty(), ExitCode::usage, "--out must name a folder");
     checkpoint = open_checkpoint(locate_checkpoint(arguments.path));
-    const Config before = from_toml(checkpoint.info.config_text, "the checkpoint's configuration");
-    ExpertMap experts = choose_experts(arguments, before.model.num_experts);
+    before = from_toml(checkpoint.info.config_text, "the checkpoint's configuration");
+    choose_experts(arguments, before.model.num_experts);
     config = converted_config(arguments, before);
+  });
+  session.together([&] {
+    if (!session.is_root()) return;
+    lock = std::make_unique<RunLock>(arguments.out);
     ARCUS_REQUIRE(list_checkpoints(arguments.out).empty(), ExitCode::usage,
                   "{} holds checkpoints of a run already; --out must be another folder",
                   arguments.out);
-    conversion = std::make_unique<Conversion>(checkpoint, before, std::move(experts), arguments);
+  });
+  session.together([&] {
+    conversion = std::make_unique<Conversion>(
+        checkpoint, before, choose_experts(arguments, before.model.num_experts), arguments);
     views = conversion->run(session.rank(), session.comm().size());
   });
   const SaveReport report =
@@ -220,9 +241,14 @@ ExitCode run_on_ranks(Session& session, const Arguments& arguments) {
                       converted_info(checkpoint.info, config), views, {.keep = 0});
   if (session.is_root()) {
     fmt::print("{}: step {}, {} experts instead of {}, {:.1f} MB\n", report.path.string(),
-               checkpoint.info.step, config.model.num_experts,
-               from_toml(checkpoint.info.config_text, "").model.num_experts,
+               checkpoint.info.step, config.model.num_experts, before.model.num_experts,
                static_cast<double>(report.bytes) / 1e6);
+    fmt::print("changed in its configuration:\n{}\n", differences(before, config));
+    for (const RoutingOverrideRow& row : config.routing_overrides) {
+      if (arguments.topk == 0 || !row.given.contains("topk")) continue;
+      fmt::print("note: routing.override for layers {} keeps its topk of {}\n", row.layers,
+                 row.topk);
+    }
   }
   return ExitCode::ok;
 }
@@ -249,7 +275,14 @@ void add_convert_command(CLI::App& app, Action& action) {
                    "of copies' gate rows, relative to their root mean square")
       ->capture_default_str()
       ->check(number_of_at_least(0))
+      ->check(CLI::Range(0.0, 1.0))
       ->type_name("X");
+  command
+      ->add_option("--set", args->sets,
+                   "change a key of the configuration, where the number of experts asks for it")
+      ->expected(1)
+      ->take_all()
+      ->type_name("KEY=VALUE");
   command->add_option("--seed", args->seed, "of the noise")->capture_default_str()->type_name("N");
   command->footer(kFooter);
   command->callback([&action, args] {

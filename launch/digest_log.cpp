@@ -12,7 +12,7 @@ using Json = nlohmann::ordered_json;
 
 DigestLog::DigestLog(const std::filesystem::path& run_dir, std::int64_t steps_done)
     : file_(run_dir / kDigestLogName) {
-  cut_metrics(file_.string(), steps_done);
+  broken_ = cut_metrics(file_.string(), steps_done).unterminated;
   out_.open(file_, std::ios::app);
   ARCUS_REQUIRE(out_.is_open(), ExitCode::usage, "cannot write {}", file_.string());
 }

@@ -16,13 +16,14 @@ constexpr const char* kExitCodes =
     "Exit codes of arcus:\n"
     "   0  done\n"
     "   1  `arcus diff`: the runs differ\n"
-    "  64  command line or configuration; also a run that was given up because its loss is no\n"
-    "      longer finite (run.max_bad_steps)\n"
+    "  64  command line or configuration; also a run that was given up because its steps are not\n"
+    "      finite or explode (run.max_bad_steps)\n"
     "  65  training text, token files, tokenizers\n"
-    "  66  a checkpoint is missing, damaged or does not fit\n"
+    "  66  a checkpoint is missing, damaged, does not fit, or could not be written at the end\n"
     "  69  communication failed or a rank is lost\n"
     "  70  a defect of Arcus (the message names file and line)\n"
-    "  75  stopped by a signal, everything saved: start the same command again\n";
+    "  75  stopped by a signal, everything saved: start the same command again (mpirun itself\n"
+    "      gives 1 where it was told by TERM or Ctrl-C)\n";
 
 int print_help(const CLI::App& app, const std::string& topic) {
   if (topic.empty()) {

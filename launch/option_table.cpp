@@ -145,7 +145,8 @@ Section run_section() {
        option(
            "spike_factor", &C::spike_factor,
            "go back to the checkpoint before, and pass by the samples since, where a step's loss "
-           "is this many times its running average; at most three times; 0 = never",
+           "is this many times its running average (never in the first 32 steps); three times at "
+           "most; needs checkpoint.every; 0 = never",
            at_least(0)),
        option("check_memory", &C::check_memory,
               "refuse a run that does not fit into its machine's memory")});

@@ -17,6 +17,8 @@
 #include <utility>
 #include <vector>
 
+#include "checkpoints/checkpoint.hpp"
+#include "launch/checks.hpp"
 #include "launch/commands.hpp"
 #include "launch/run_folder.hpp"
 #include "launch/run_setup.hpp"
@@ -209,6 +211,7 @@ class Supervisor {
 
   int run() {
     set_handlers();
+    const std::string saved_before = latest_save();
     for (std::int64_t restarts = 0;; ++restarts) {
       const std::int64_t before = last_step(run_);
       const auto log_before = log_size();
@@ -231,7 +234,8 @@ class Supervisor {
       }
       wait(step > before);
       if (last_signal != 0) return 128 + last_signal;
-      resume_automatically(command_);
+      // Until the run has saved something of its own, the checkpoint that was named counts.
+      if (latest_save() != saved_before) resume_automatically(command_);
     }
   }
 
@@ -255,6 +259,15 @@ class Supervisor {
     while (std::chrono::steady_clock::now() < until && last_signal == 0) {
       std::this_thread::sleep_for(std::chrono::milliseconds(20));
     }
+  }
+
+  /// Tells one save from the next: the latest checkpoint and when it was made.
+  std::string latest_save() const {
+    std::error_code error;
+    const auto latest = find_latest(run_);
+    if (!latest) return {};
+    const auto written = fs::last_write_time(*latest / "CHECKSUMS", error);
+    return fmt::format("{} {}", latest->string(), written.time_since_epoch().count());
   }
 
   /// run.log grows when a run begins.
@@ -317,13 +330,13 @@ void add_supervise_command(CLI::App& app, Action& action) {
       ->type_name("COMMAND");
   command->add_option("--retries", args->retries, "times to start it again at most")
       ->capture_default_str()
-      ->check(CLI::NonNegativeNumber)
+      ->check(whole_number(0))
       ->type_name("N");
   command
       ->add_option("--backoff", args->backoff_s,
                    "seconds to wait, doubled as long as nothing gets on")
       ->capture_default_str()
-      ->check(CLI::NonNegativeNumber)
+      ->check(number_of_at_least(0))
       ->type_name("S");
   command->footer(kFooter);
   command->callback([&action, args] { action = [args] { return Supervisor(*args).run(); }; });

@@ -7,6 +7,8 @@
 #include <chrono>
 #include <cstdio>
 #include <fstream>
+#include <iterator>
+#include <sstream>
 
 #include "checkpoints/saver.hpp"
 #include "kernels/gradient.hpp"
@@ -91,15 +93,23 @@ class TrainRun::Saver final : public RunSaver {
     });
     announce(report);
   }
-  bool restore() override {
-    const auto resumed = resume_checkpoint(
-        run_.session_.comm(), *run_.stream_, run_.dir_, "auto", run_.trainer_->state(),
-        [this] { run_.watchdog_->beat(run_.trainer_->steps_done(), 0, "reading a checkpoint"); });
-    if (!resumed) return false;
-    run_.trainer_->finish_reading();
-    run_.open_digests();
-    return true;
+  bool restore(const std::function<bool(std::int64_t)>& may_be_used) override {
+    Communicator& world = run_.session_.comm();
+    const std::vector<StateView> state = run_.trainer_->state();
+    const std::int64_t step = run_.trainer_->steps_done();
+    const auto beat = [&] { run_.watchdog_->beat(step, 0, "reading a checkpoint"); };
+    for (const std::int64_t candidate : saved_steps()) {
+      const fs::path path = checkpoint_path(run_.dir_, candidate);
+      // First without touching the state, with which training could still go on.
+      if (!may_be_used(candidate) || !is_usable(world, *run_.stream_, path, state, beat)) continue;
+      resume_checkpoint(world, *run_.stream_, run_.dir_, path.string(), state, beat);
+      run_.trainer_->finish_reading();
+      run_.open_digests();
+      return true;
+    }
+    return false;
   }
+  void keep(std::int64_t step) override { kept_ = step; }
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -108,8 +118,22 @@ class TrainRun::Saver final : public RunSaver {
     begin_ = Clock::now();
     waited_ = {};
     waited([&] {
-      saver_.start(run_.checkpoint_info(), run_.trainer_->state(), run_.save_options(), copy);
+      SaveOptions options = run_.save_options();
+      options.also = kept_;
+      saver_.start(run_.checkpoint_info(), run_.trainer_->state(), options, copy);
     });
+  }
+  /// Newest first; what rank 0 sees.
+  std::vector<std::int64_t> saved_steps() {
+    std::string text;
+    run_.session_.together([&] {
+      if (!run_.session_.is_root()) return;
+      for (const fs::path& path : list_checkpoints(run_.dir_)) {
+        text += fmt::format("{} ", *step_of_checkpoint(path));
+      }
+    });
+    std::istringstream numbers(broadcast_text(run_.session_.comm(), *run_.stream_, text));
+    return {std::istream_iterator<std::int64_t>(numbers), {}};
   }
   template <class Fn>
   void waited(Fn&& fn) {
@@ -130,6 +154,7 @@ class TrainRun::Saver final : public RunSaver {
   TrainRun& run_;
   CheckpointSaver saver_;
   bool background_;
+  std::int64_t kept_ = -1;
   Clock::time_point begin_;
   Clock::duration waited_{};
 };
@@ -415,14 +440,17 @@ ExitCode TrainRun::finish(RunEnd end) {
   const std::int64_t done = trainer_->steps_done();
   if (end == RunEnd::diverged) {
     session_.together([&] {
-      ARCUS_FAIL(ExitCode::usage,
-                 "{} bad steps in a row (run.max_bad_steps) at step {}; everything is saved "
-                 "in {}, earlier checkpoints too; go on from one of them (--resume) with a lower "
-                 "train.lr ({}) or {}",
-                 trainer_->bad_steps_in_a_row(), done, dir_.string(), config_.train.lr,
-                 config_.train.grad_clip > 0
-                     ? fmt::format("train.grad_clip ({})", config_.train.grad_clip)
-                     : "with train.grad_clip set (now off), e.g. to 1");
+      ARCUS_FAIL(
+          ExitCode::usage,
+          "{} bad steps in a row (run.max_bad_steps) at step {}; everything is saved "
+          "in {}, earlier checkpoints too; go on from one of them (--resume) with a lower "
+          "train.lr ({}) or {}{}",
+          trainer_->bad_steps_in_a_row(), done, dir_.string(), config_.train.lr,
+          config_.train.grad_clip > 0 ? fmt::format("train.grad_clip ({})", config_.train.grad_clip)
+                                      : "with train.grad_clip set (now off), e.g. to 1",
+          config_.train.max_grad_norm > 0
+              ? fmt::format(", or a higher train.max_grad_norm ({})", config_.train.max_grad_norm)
+              : "");
     });
   }
   if (session_.is_root()) {

@@ -129,6 +129,10 @@ void validate_routing(const Config& config) {
 void validate(const Config& config) {
   validate_routing(config);
   validate(config.train);
+  ARCUS_REQUIRE(config.run.spike_factor == 0 || config.checkpoint.every > 0, ExitCode::usage,
+                "run.spike_factor ({}) goes back to checkpoints, and checkpoint.every is 0; set it "
+                "to a number of steps, such as 100",
+                config.run.spike_factor);
   validate_groups(config.groups);
   validate_domains(config.data.domains);
   validate_sizes(config);

@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <optional>
 
 #include "src/base/error.hpp"
 
@@ -91,39 +92,62 @@ std::string to_json_line(const EvalMetrics& m, bool routing) {
   return Json{{"step", m.step}, {"eval", std::move(domains)}}.dump();
 }
 
+namespace {
+
+/// Step of a line that is kept; none where it is damaged or of a later step.
+std::optional<std::int64_t> kept_step(const Json& json, std::int64_t step) {
+  if (!json.is_object() || !json.contains("step") || !json["step"].is_number_integer()) return {};
+  const auto at = json["step"].get<std::int64_t>();
+  return at <= step ? std::optional(at) : std::nullopt;
+}
+
+/// The kept lines alone; false, the file as it was, where there is no room for both.
+bool rewrite(const std::string& file, std::int64_t step) {
+  const std::string fresh = file + ".new";
+  std::ifstream in(file);
+  std::ofstream out(fresh, std::ios::binary | std::ios::trunc);
+  for (std::string line; std::getline(in, line) && out;) {
+    if (kept_step(Json::parse(line, nullptr, false), step)) out << line << '\n';
+  }
+  out.close();
+  std::error_code error;
+  if (out) std::filesystem::rename(fresh, file, error);
+  const bool done = out && !error;
+  if (!done) std::filesystem::remove(fresh, error);
+  return done;
+}
+
+}  // namespace
+
 KeptMetrics cut_metrics(const std::string& file, std::int64_t step) {
   KeptMetrics kept;
   if (!std::filesystem::exists(file)) return kept;
   std::ifstream in(file);
-  std::string text;
-  std::string line;
-  bool changed = false;
-  while (std::getline(in, line)) {
+  std::uintmax_t end = 0;       // of the line
+  std::uintmax_t kept_end = 0;  // of the last kept line
+  bool dropped = false;
+  bool mixed = false;  // dropped lines before kept ones
+  for (std::string line; std::getline(in, line);) {
+    const bool terminated = !in.eof();
+    end += line.size() + (terminated ? 1 : 0);
     const Json json = Json::parse(line, nullptr, false);
-    if (!json.is_object() || !json.contains("step") || !json["step"].is_number_integer()) {
-      // The last line of a run that was killed, or one that met a full disk.
-      ++kept.damaged_lines;
-      changed = true;
+    if (!json.is_object()) ++kept.damaged_lines;
+    const auto at = kept_step(json, step);
+    if (!at) {
+      dropped = true;
       continue;
     }
-    const auto at = json["step"].get<std::int64_t>();
-    if (at > step) {
-      changed = true;
-      continue;
-    }
-    if (json.contains("eval")) kept.last_eval_step = at;
-    text += line + '\n';
+    mixed = mixed || dropped;
+    kept_end = end;
+    kept.unterminated = !terminated;
+    if (json.contains("eval")) kept.last_eval_step = *at;
   }
   in.close();
-  if (!changed) return kept;
-  const std::string fresh = file + ".new";
-  std::ofstream out(fresh, std::ios::binary | std::ios::trunc);
-  out << text;
-  out.close();
+  if (!dropped || (mixed && rewrite(file, step))) return kept;
   std::error_code error;
-  if (out) std::filesystem::rename(fresh, file, error);
-  ARCUS_REQUIRE(out && !error, ExitCode::usage, "cannot cut {} to step {} (is the disk full?)",
-                file, step);
+  std::filesystem::resize_file(file, kept_end, error);
+  ARCUS_REQUIRE(!error, ExitCode::usage, "cannot cut {} to step {}: {}", file, step,
+                error.message());
   return kept;
 }
 

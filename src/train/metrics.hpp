@@ -72,9 +72,10 @@ std::string to_json_line(const EvalMetrics& metrics, bool routing = false);
 struct KeptMetrics {
   std::int64_t last_eval_step = -1;  ///< of the evaluations kept
   std::int64_t damaged_lines = 0;    ///< dropped: cut off by a crash or a full disk
+  bool unterminated = false;         ///< the last line lacks its end: write one before the next
 };
 /// Drops the lines of steps after `step` from metrics.jsonl (resuming), and those that cannot be
-/// read.
+/// read. Needs no space on the disk; damage between sound lines stays where there is none.
 KeptMetrics cut_metrics(const std::string& file, std::int64_t step);
 
 }  // namespace arcus

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <fstream>
 #include <optional>
+#include <set>
 #include <system_error>
 #include <utility>
 
@@ -31,6 +32,7 @@ class MetricsLog {
       spdlog::warn("dropped {} damaged line{} from {}", kept_.damaged_lines,
                    kept_.damaged_lines == 1 ? "" : "s", file_.string());
     }
+    broken_ = kept_.unterminated;
     out_.clear();
     out_.open(file_, std::ios::app);
     ARCUS_REQUIRE(out_.is_open(), ExitCode::usage, "cannot write {}: {}", file_.string(),
@@ -70,9 +72,14 @@ class Run {
         options_(options),
         hooks_(hooks),
         log_(options.run_dir, trainer.instance().world().rank(), trainer.steps_done()),
+        first_step_(trainer.steps_done()),
         last_save_(trainer.steps_done()),
         last_eval_(agreed_last_eval()) {
-    if (hooks.saver != nullptr) trainer.set_saving([&hooks] { return hooks.saver->busy(); });
+    if (hooks.saver == nullptr) return;
+    trainer.set_saving([&hooks] { return hooks.saver->busy(); });
+    if (options.spike_factor > 0) {
+      hooks.saver->keep(first_step_ - first_step_ % options.checkpoint.every);
+    }
   }
   ~Run() { trainer_.set_saving({}); }
   Run(const Run&) = delete;
@@ -94,12 +101,12 @@ class Run {
       if (trainer_.bad_steps_in_a_row() >= options_.max_bad_steps) end = RunEnd::diverged;
       if (saving_ && !requests.saving) advance_save();
       if (end != RunEnd::finished || trainer_.steps_done() >= steps) break;
-      if (due(options_.checkpoint.every)) start_save();
-      if (due(options_.eval.every)) evaluate_now();
+      if (due(options_.checkpoint.every) && trainer_.steps_done() != last_save_) start_save();
+      if (due(options_.eval.every) && trainer_.steps_done() != last_eval_) evaluate_now();
     }
     // A signal leaves little time: save first, and leave the evaluation to the resumed run.
     finish_save();
-    if (trainer_.steps_done() != last_save_ && hooks_.saver != nullptr) hooks_.saver->save();
+    if (trainer_.steps_done() != last_save_ && hooks_.saver != nullptr) save_at_the_end();
     if (end == RunEnd::finished && trainer_.steps_done() != last_eval_) evaluate_now();
     return end;
   }
@@ -130,30 +137,49 @@ class Run {
     return requests;
   }
 
-  /// To the checkpoint before a spike of the loss; the samples since are passed by.
+  /// To the checkpoint before a spike of the loss; the samples since are passed by. Only those
+  /// saved at multiples of checkpoint.every count, and of a run that went back before only its own:
+  /// so the same one is taken however often the run was stopped, on any ranks.
   void go_back() {
-    constexpr int kMostTimes = 3;
-    if (hooks_.saver == nullptr) return;
+    constexpr std::int64_t kMostTimes = 3;
     const std::int64_t spike = trainer_.steps_done();
     const std::int64_t samples = spike + trainer_.samples_ahead();
+    const std::int64_t times = trainer_.times_back();
     const double loss = trainer_.metrics().loss;
+    if (hooks_.saver == nullptr || (times >= kMostTimes && told_enough_)) return;
     finish_save();
-    const bool back = times_back_ < kMostTimes && hooks_.saver->restore();
+    const bool back = times < kMostTimes && hooks_.saver->restore([&](std::int64_t step) {
+      return step < spike && step % options_.checkpoint.every == 0 &&
+             (step <= first_step_ || saved_.contains(step));
+    });
+    told_enough_ = times >= kMostTimes;
     if (is_root()) {
       spdlog::warn(
           "step {}: the loss, {:.4f}, is more than {} times its average "
           "(run.spike_factor); {}",
           spike, loss, options_.spike_factor,
           back ? fmt::format("back to step {}, past the samples since", trainer_.steps_done())
-          : times_back_ == kMostTimes ? "training goes on, having gone back 3 times"
-                                      : "there is no checkpoint to go back to");
+          : told_enough_ ? "training goes on, having gone back 3 times"
+                         : "training goes on, since no checkpoint before it can be used");
     }
     if (!back) return;
-    ++times_back_;
-    trainer_.set_samples_ahead(samples - trainer_.steps_done());
+    trainer_.set_back(samples - trainer_.steps_done(), times + 1);
     log_.go_back(trainer_.steps_done());
-    last_save_ = trainer_.steps_done();
     last_eval_ = agreed_last_eval();
+    // A run that is cut short now must not meet the same samples again.
+    saved_step_ = trainer_.steps_done();
+    try_to_save([&] {
+      hooks_.saver->save();
+      saved(saved_step_);
+    });
+  }
+
+  void saved(std::int64_t step) {
+    last_save_ = step;
+    saved_.insert(step);
+    if (options_.spike_factor > 0 && step % options_.checkpoint.every == 0) {
+      hooks_.saver->keep(step);
+    }
   }
 
   void cross_check(std::int64_t next) {
@@ -204,7 +230,9 @@ class Run {
   void start_save() {
     if (hooks_.saver == nullptr) return;
     const std::int64_t keep_every = options_.checkpoint.keep_every;
-    if (saving_ && keep_every > 0 && trainer_.steps_done() % keep_every == 0) finish_save();
+    const bool milestone = keep_every > 0 && trainer_.steps_done() % keep_every == 0;
+    // What a spike goes back to must not depend on how fast the disk is.
+    if (saving_ && (milestone || options_.spike_factor > 0)) finish_save();
     if (saving_) {
       if (is_root() && !std::exchange(told_left_out_, true)) {
         spdlog::warn(
@@ -218,7 +246,7 @@ class Run {
     saved_step_ = trainer_.steps_done();
     try_to_save([&] {
       saving_ = hooks_.saver->start();
-      if (!saving_) last_save_ = saved_step_;
+      if (!saving_) saved(saved_step_);
     });
   }
 
@@ -226,7 +254,7 @@ class Run {
     try_to_save([&] {
       if (!hooks_.saver->advance()) return;
       saving_ = false;
-      last_save_ = saved_step_;
+      saved(saved_step_);
     });
   }
 
@@ -235,8 +263,22 @@ class Run {
     try_to_save([&] {
       hooks_.saver->finish();
       saving_ = false;
-      last_save_ = saved_step_;
+      saved(saved_step_);
     });
+  }
+
+  /// The last save is what the run was for: where it fails the run fails.
+  void save_at_the_end() {
+    try {
+      hooks_.saver->save();
+    } catch (const Error& error) {
+      if (error.code() != ExitCode::checkpoint) throw;
+      throw Error(error.code(),
+                  fmt::format("step {} is done but could not be saved: {}; earlier checkpoints are "
+                              "as they were, and the same command goes on from the latest",
+                              trainer_.steps_done(), error.what()),
+                  error.file(), error.line());
+    }
   }
 
   /// A save that fails is none; the run goes on.
@@ -267,9 +309,11 @@ class Run {
   std::optional<RoutingTrace> trace_;
   std::optional<CrossCheck> cross_check_;
   bool told_alone_ = false;
-  int times_back_ = 0;
-  std::int64_t last_save_;  ///< step of the last complete checkpoint
-  bool saving_ = false;     ///< one is under way, of saved_step_
+  bool told_enough_ = false;
+  std::int64_t first_step_;       ///< where this process began
+  std::set<std::int64_t> saved_;  ///< steps whose checkpoints this process saved
+  std::int64_t last_save_;        ///< step of the last complete checkpoint
+  bool saving_ = false;           ///< one is under way, of saved_step_
   bool told_left_out_ = false;
   std::int64_t saved_step_ = 0;  ///< where the last save began
   std::int64_t last_eval_;

@@ -35,9 +35,11 @@ class RunSaver {
   virtual bool advance() = 0;
   /// Waits until it is. Collective.
   virtual void finish() = 0;
-  /// Puts the trainer's state back to the latest checkpoint; false, nothing done, where there is
-  /// none. Collective.
-  virtual bool restore() = 0;
+  /// Puts the trainer's state back to the newest checkpoint that may be used (by its step) and can
+  /// be read; false, nothing done, where there is none. Collective.
+  virtual bool restore(const std::function<bool(std::int64_t step)>& may_be_used) = 0;
+  /// A checkpoint that must stay, however old; -1 = none.
+  virtual void keep(std::int64_t step) = 0;
 };
 
 /// Calls back into the program that runs the trainer.

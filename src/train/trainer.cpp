@@ -81,6 +81,7 @@ std::vector<StateView> Trainer::state() {
   add("counters/updates", DType::i64, &counters_[kUpdates]);
   add("counters/bad_steps_in_a_row", DType::i64, &counters_[kBadSteps]);
   add("counters/samples_ahead", DType::i64, &counters_[kSamplesAhead]);
+  add("counters/times_back", DType::i64, &counters_[kTimesBack]);
   add("counters/loss_average", DType::f64, &loss_average_);
   return views;
 }

@@ -58,7 +58,12 @@ class Trainer {
   std::int64_t steps_done() const { return counters_[kStepsDone]; }
   /// Steps whose samples are passed by: step n takes those of number n + samples_ahead.
   std::int64_t samples_ahead() const { return counters_[kSamplesAhead]; }
-  void set_samples_ahead(std::int64_t steps) { counters_[kSamplesAhead] = steps; }
+  /// How often the run went back from a spike.
+  std::int64_t times_back() const { return counters_[kTimesBack]; }
+  void set_back(std::int64_t samples_ahead, std::int64_t times) {
+    counters_[kSamplesAhead] = samples_ahead;
+    counters_[kTimesBack] = times;
+  }
   /// The last step was applied, and its loss was more than `factor` times the running average of
   /// those before (half of which the last 22 make up); never in the first 32.
   bool spiked(double factor) const;
@@ -78,7 +83,14 @@ class Trainer {
   }
 
  private:
-  enum Counter : std::size_t { kStepsDone, kUpdates, kBadSteps, kSamplesAhead, kNumCounters };
+  enum Counter : std::size_t {
+    kStepsDone,
+    kUpdates,
+    kBadSteps,
+    kSamplesAhead,
+    kTimesBack,
+    kNumCounters
+  };
 
   void run_round(const BatchSampler& sampler, std::int64_t round);
   void start_metrics();

@@ -163,6 +163,20 @@ TEST_F(Supervise, GivesUpWhatFailsTwiceInTheSameWay) {
   EXPECT_EQ(starts("others"), 4);
 }
 
+// A checkpoint that was named counts until the run has one of its own.
+TEST_F(Supervise, GoesOnFromWhatWasNamedUntilSomethingIsSaved) {
+  const std::string saved = (run_dir("named") / "checkpoints" / "step-00000001").string();
+  const std::string command = script(
+      "named", "echo start $n: $*; [ $n -ne 2 ] || mkdir -p " + saved + "; exit $((80 + n))");
+  const ShellResult result = arcus(
+      0, supervise("named", "--retries 2", command + " train my.toml --resume elsewhere/step-5"));
+  EXPECT_TRUE(contains(result.out, "start 1: train my.toml --resume elsewhere/step-5"))
+      << result.out;
+  EXPECT_TRUE(contains(result.out, "start 2: train my.toml --resume elsewhere/step-5"))
+      << result.out;
+  EXPECT_TRUE(contains(result.out, "start 3: train my.toml --resume auto")) << result.out;
+}
+
 TEST_F(Supervise, LeavesAloneWhatAnotherStartCannotMend) {
   for (const int code : {0, 64, 65, 66, 75}) {
     const std::string name = "final" + std::to_string(code);

@@ -132,20 +132,30 @@ TEST_F(TrainingCommand, ExplodingStepsAreSkippedOnAllRanksAndSaid) {
 // Where a loss above 0.56 times its slow average counts as a spike, there are some.
 TEST_F(TrainingCommand, ASpikeOfTheLossGoesBackAndPassesTheSamplesBy) {
   const std::string spiky =
-      "--set run.spike_factor=0.56 --set train.steps=60 --set checkpoint.every=5 --set "
-      "checkpoint.background=false --set run.digest_every=10";
+      "--set run.spike_factor=0.56 --set train.steps=50 --set checkpoint.every=5 --set "
+      "run.digest_every=10 --set eval.every=5 --set eval.batches=1";
   const ShellResult one = arcus(0, train("spiky", spiky));
   EXPECT_EQ(one.code, 0) << one.out;
   EXPECT_TRUE(contains(one.out, "past the samples since")) << one.out;
   EXPECT_TRUE(contains(one.out, "having gone back 3 times")) << one.out;
-  ASSERT_EQ(arcus(3, train("spiky_three", spiky)).code, 0);
-  const ShellResult same =
-      arcus(0, "diff " + run_dir("spiky").string() + " " + run_dir("spiky_three").string());
-  EXPECT_EQ(same.code, 0) << same.out;
-  EXPECT_TRUE(contains(same.out, "metrics      equal at all 60 common steps")) << same.out;
   // The samples that were passed by make it another run.
   ASSERT_EQ(arcus(0, train("smooth", spiky + " --set run.spike_factor=0")).code, 0);
   EXPECT_NE(digest("smooth"), digest("spiky"));
+
+  ASSERT_EQ(arcus(3, train("spiky_three", spiky)).code, 0);
+  // Stopped after every single step, so that checkpoints of other steps lie between.
+  for (int start = 0;; ++start) {
+    ASSERT_LT(start, 100);
+    const ShellResult step =
+        arcus(0, train("spiky_steps", spiky + " --set run.max_minutes=0.0000001"));
+    ASSERT_EQ(step.code, 0) << step.out;
+    if (contains(step.out, "done at step 50")) break;
+  }
+  for (const std::string other : {"spiky_three", "spiky_steps"}) {
+    testing_commands::expect_same_metrics(run_dir("spiky"), run_dir(other));
+    EXPECT_EQ(digest("spiky"), digest(other));
+  }
+  EXPECT_EQ(arcus(0, train("spiky", spiky + " --set checkpoint.every=0")).code, 64);
 }
 
 TEST_F(TrainingCommand, ADamagedCheckpointIsNamedAndSoIsAnotherOne) {

@@ -116,7 +116,8 @@ TEST_F(Learning, ARunThatDivergesStopsWithEverythingSaved) {
     bool busy() override { return false; }
     bool advance() override { return true; }
     void finish() override {}
-    bool restore() override { return false; }
+    bool restore(const std::function<bool(std::int64_t)>&) override { return false; }
+    void keep(std::int64_t) override {}
   } saver;
   const RunOptions run_options{.max_bad_steps = 3, .run_dir = folder_.path()};
   const RunHooks hooks{.saver = &saver};
@@ -151,6 +152,27 @@ TEST_F(Learning, MetricsReadBackToTheSameBitsAndAreCutOnResume) {
     EXPECT_EQ(json["loss"].get<double>(), losses[count++]);
   }
   EXPECT_EQ(count, 3U);
+}
+
+// The last line of a file that lost its end is a line all the same; what comes after begins anew.
+TEST_F(Learning, MetricsAreCutInPlaceAndTellWhereTheEndIsMissing) {
+  const std::string file = (folder_.path() / "metrics.jsonl").string();
+  const auto write = [&](const std::string& text) { std::ofstream(file) << text; };
+  const auto read = [&] {
+    std::ostringstream text;
+    text << std::ifstream(file).rdbuf();
+    return text.str();
+  };
+  write("{\"step\":1}\n{\"step\":2}");
+  EXPECT_TRUE(cut_metrics(file, 2).unterminated);
+  EXPECT_EQ(read(), "{\"step\":1}\n{\"step\":2}");
+  EXPECT_FALSE(cut_metrics(file, 1).unterminated);
+  EXPECT_EQ(read(), "{\"step\":1}\n");
+  write("{\"step\":1}\n{\"step\":2}\n{\"st");
+  const KeptMetrics kept = cut_metrics(file, 2);
+  EXPECT_EQ(kept.damaged_lines, 1);
+  EXPECT_FALSE(kept.unterminated);
+  EXPECT_EQ(read(), "{\"step\":1}\n{\"step\":2}\n");
 }
 
 // Evaluation in an instance of its own plans its own memory, without the slack of a training one.
