@@ -228,6 +228,8 @@ void write_tensor(h5::File& file, ShardTensor& tensor, files::WriteBehind& disk,
       ++progress;
     }
   }
+  // Hashes need the processor, while the disk works by itself.
+  hash_blocks(tensor, progress);
 }
 
 }  // namespace
@@ -244,9 +246,7 @@ StoredFile write_shard(const std::filesystem::path& folder, int rank, std::int64
     for (ShardTensor& tensor : content.tensors) write_tensor(file, tensor, disk, progress);
   }
   file.close();
-  // Hashes need the processor, the disk works by itself.
   auto synced = std::async(std::launch::async, [&] { files::sync(path); });
-  hash_state(content, progress);
   const auto size = static_cast<std::int64_t>(std::filesystem::file_size(path));
   const std::uint64_t hash = hash_shard(path, size, content, progress);
   synced.get();
