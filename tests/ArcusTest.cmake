@@ -8,6 +8,15 @@ if(ARCUS_UID EQUAL 0)
   list(APPEND ARCUS_MPIRUN_FLAGS --allow-run-as-root)
 endif()
 
+# arcus_soak(AREA.NAME VARIABLE=VALUE FILTER): the test again, label slow, longer by a variable of
+# the environment that it reads.
+function(arcus_soak name variable filter)
+  string(REPLACE "." "_" target test_${name})
+  add_test(NAME ${name}_soak COMMAND ${target} --gtest_filter=${filter})
+  set_tests_properties(${name}_soak PROPERTIES TIMEOUT 3600 PROCESSORS 2 LABELS slow
+    ENVIRONMENT "${variable};OMP_NUM_THREADS=1;OMP_WAIT_POLICY=passive;OMPI_MCA_mpi_yield_when_idle=1")
+endfunction()
+
 function(arcus_test name)
   cmake_parse_arguments(ARG "" "TIMEOUT" "SOURCES;LIBS;RANKS;LABELS;ARGS" ${ARGN})
   if(NOT ARG_TIMEOUT)
