@@ -164,6 +164,7 @@ class Run {
     }
     if (!back) return;
     trainer_.set_back(samples - trainer_.steps_done(), times + 1);
+    saved_.erase(saved_.upper_bound(trainer_.steps_done()), saved_.end());
     log_.go_back(trainer_.steps_done());
     last_eval_ = agreed_last_eval();
     // A run that is cut short now must not meet the same samples again.
