@@ -32,6 +32,8 @@ check_tools() {
     command -v $tool >/dev/null ||
       unable "$tool is not installed (launch/install-packages.sh cluster)"
   done
+  getent hosts "$(hostname -s)" >/dev/null ||
+    unable "this machine does not know its own name, $(hostname -s): add it to /etc/hosts"
 }
 
 # Five ports in a row that nobody listens on, below those that the system hands out.
@@ -100,6 +102,13 @@ start_node() {
   slurmd -N "n$1" -f "$dir/slurm.conf"
 }
 
+failed() {
+  tail -n 20 "$dir"/*.log "$dir"/n?/slurmd.log >&2 || true
+  down
+  echo "cluster.sh: $*" >&2
+  exit 1
+}
+
 up() {
   check_tools
   down
@@ -111,17 +120,12 @@ up() {
   mungekey --create --keyfile="$dir/munge.key"
   munged --key-file="$dir/munge.key" --socket="$dir/munge.sock" --pid-file="$dir/munged.pid" \
     --log-file="$dir/munged.log" --seed-file="$dir/munged.seed"
-  slurmctld -c -f "$dir/slurm.conf" -L "$dir/slurmctld.log"
-  for node in $nodes; do start_node "$node"; done
+  slurmctld -c -f "$dir/slurm.conf" -L "$dir/slurmctld.log" || failed "slurmctld did not start"
+  for node in $nodes; do start_node "$node" || failed "the slurmd of n$node did not start"; done
   tries=200
   until [ "$(sinfo -h -N -p main -t idle 2>/dev/null | wc -l)" -eq 4 ]; do
     tries=$((tries - 1))
-    if [ $tries -eq 0 ]; then
-      tail -n 20 "$dir"/*.log "$dir"/n?/slurmd.log >&2
-      down
-      echo "cluster.sh: the nodes did not come up" >&2
-      exit 1
-    fi
+    [ $tries -gt 0 ] || failed "the nodes did not come up"
     sleep 0.05
   done
 }
