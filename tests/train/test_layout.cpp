@@ -46,7 +46,11 @@ bool thorough() {
   return wanted != nullptr && std::string(wanted) == "all";
 }
 
+#ifdef __SANITIZE_ADDRESS__
+constexpr std::int64_t kSteps = 8;  // many times slower
+#else
 constexpr std::int64_t kSteps = 50;
+#endif
 
 /// Runs of one data set on any layout.
 class LayoutTest : public ::testing::Test {
