@@ -93,6 +93,8 @@ NodeName=n[1-4] NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 1))-$((port
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 PartitionName=urgent Nodes=ALL PriorityTier=2 PreemptMode=OFF MaxTime=INFINITE State=UP
 CONF
+  # Not every container has control groups mounted; this plugin looks for them only when it has to.
+  grep -q ' /sys/fs/cgroup' /proc/mounts || echo "CgroupPlugin=cgroup/v1" >"$dir/cgroup.conf"
 }
 
 start_node() {
