@@ -72,13 +72,13 @@ struct GradientSquares {
 };
 ARCUS_DECLARE_OP(gradient_squares, GradientSquares)
 
-/// AdamW [1711.05101] on n elements in place. g, from its sum as above, is multiplied by clip_factor
-/// first.
+/// AdamW [1711.05101] on n elements in place. g, from its sum as above, is multiplied by
+/// clip_factor first.
 struct AdamW {
-  TensorView master;         ///< [1, n] f32 | f64
-  TensorView m, v;           ///< [1, n], master's type
-  ConstTensorView sum;       ///< [1, n] i64 (f32 master) | master's type
-  TensorView compute;        ///< [1, n] bf16 copy to write, or empty
+  TensorView master;    ///< [1, n] f32 | f64
+  TensorView m, v;      ///< [1, n], master's type
+  ConstTensorView sum;  ///< [1, n] i64 (f32 master) | master's type
+  TensorView compute;   ///< [1, n] bf16 copy to write, or empty
   double clip_factor = 1;
   double lr = 0, beta1 = 0, beta2 = 0, eps = 0, weight_decay = 0;
   double bias_correction1 = 1;  ///< 1 - beta1^t

@@ -52,8 +52,8 @@ bool bf16_is_native();
 std::int64_t row_tile_height(DType ab_dtype, std::int64_t n, std::int64_t k);
 /// c[rows, N] in tiles of row_tile_height rows and a tail; transpose_a = false. A row's bits depend
 /// neither on `rows` nor on lda and ldc: operands with padded rows, and tails where the height is
-/// fixed, go through scratch. (Context::row_bits_may_differ: tails are as high as is fast.) key.m is
-/// ignored.
+/// fixed, go through scratch. (Context::row_bits_may_differ: tails are as high as is fast.) key.m
+/// is ignored.
 void run_gemm_rows(Context& context, int thread, GemmKey key, std::int64_t rows, const void* a,
                    const void* b, void* c, const void* bias = nullptr);
 /// Builds what run_gemm_rows needs for a tile of `rows` <= row_tile_height rows.

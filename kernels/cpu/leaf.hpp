@@ -17,8 +17,8 @@ void add_leaf_rows(const GradientSum& target, std::int64_t target_stride, const 
                    std::int64_t leaf_stride, std::int64_t rows, std::int64_t cols,
                    std::int64_t micro_batch, LeafWrite write = LeafWrite::add);
 
-/// sum[i] += int64_rne(leaf[i] * 2^50) modulo 2^64 (= where `write` says so). False if a leaf is not
-/// finite or |leaf| > limit; the sum is then meaningless.
+/// sum[i] += int64_rne(leaf[i] * 2^50) modulo 2^64 (= where `write` says so). False if a leaf is
+/// not finite or |leaf| > limit; the sum is then meaningless.
 bool add_quantized(std::int64_t* sum, const float* leaf, std::int64_t count, float limit,
                    LeafWrite write = LeafWrite::add);
 /// The same without intrinsics, for processors without AVX512DQ: the same bits.

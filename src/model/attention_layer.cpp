@@ -32,11 +32,16 @@ AttentionLayer::AttentionLayer(const ModelConfig& model, const std::string& pref
       inv_freq_(make_inv_freq(model)) {
   const std::int64_t h = model.hidden_size;
   const double out_std = 0.02 / std::sqrt(2.0 * static_cast<double>(model.num_layers));
-  q_ = registry.add({.name = prefix + "q_proj.weight", .shape = {q_size_, h}, .whole_leaves = true});
-  k_ = registry.add(
-      {.name = prefix + "k_proj.weight", .shape = {kv_size_, h}, .follows_previous = true, .whole_leaves = true});
-  v_ = registry.add(
-      {.name = prefix + "v_proj.weight", .shape = {kv_size_, h}, .follows_previous = true, .whole_leaves = true});
+  q_ =
+      registry.add({.name = prefix + "q_proj.weight", .shape = {q_size_, h}, .whole_leaves = true});
+  k_ = registry.add({.name = prefix + "k_proj.weight",
+                     .shape = {kv_size_, h},
+                     .follows_previous = true,
+                     .whole_leaves = true});
+  v_ = registry.add({.name = prefix + "v_proj.weight",
+                     .shape = {kv_size_, h},
+                     .follows_previous = true,
+                     .whole_leaves = true});
   if (model.qkv_bias) {
     const auto bias = [&](const char* name, std::int64_t size, bool follows) {
       return registry.add({.name = prefix + name,
@@ -49,7 +54,10 @@ AttentionLayer::AttentionLayer(const ModelConfig& model, const std::string& pref
     k_bias_ = bias("k_proj.bias", kv_size_, true);
     v_bias_ = bias("v_proj.bias", kv_size_, true);
   }
-  o_ = registry.add({.name = prefix + "o_proj.weight", .shape = {h, q_size_}, .init_std = out_std, .whole_leaves = true});
+  o_ = registry.add({.name = prefix + "o_proj.weight",
+                     .shape = {h, q_size_},
+                     .init_std = out_std,
+                     .whole_leaves = true});
   if (model.qk_norm != "none") {
     const bool full = model.qk_norm == "full";
     const auto gain = [&](const char* name, std::int64_t size) {

@@ -7,9 +7,8 @@ namespace arcus {
 DenseFfn::DenseFfn(const std::string& prefix, std::int64_t hidden_size, std::int64_t ff_size,
                    double down_init_std, ParamRegistry& registry)
     : shape_{hidden_size, ff_size} {
-  gate_ = registry.add({.name = prefix + "gate_proj.weight",
-                        .shape = {ff_size, hidden_size},
-                        .whole_leaves = true});
+  gate_ = registry.add(
+      {.name = prefix + "gate_proj.weight", .shape = {ff_size, hidden_size}, .whole_leaves = true});
   up_ = registry.add({.name = prefix + "up_proj.weight",
                       .shape = {ff_size, hidden_size},
                       .follows_previous = true,

@@ -24,20 +24,19 @@ MoeLayer::MoeLayer(const ModelConfig& model, const RoutingConfig& routing,
   const std::int64_t f = model.expert_ff_size;
   const std::int64_t h = model.hidden_size;
   const std::int64_t active = gate_.active_experts();
-  experts_ = registry.add_experts(
-      {{.name = prefix + "experts.gate_proj.weight",
-        .shape = {e, f, h},
-        .whole_leaves = true,
-        .active_units = active},
-       {.name = prefix + "experts.up_proj.weight",
-        .shape = {e, f, h},
-        .whole_leaves = true,
-        .active_units = active},
-       {.name = prefix + "experts.down_proj.weight",
-        .shape = {e, h, f},
-        .init_std = residual_std(model),
-        .whole_leaves = true,
-        .active_units = active}});
+  experts_ = registry.add_experts({{.name = prefix + "experts.gate_proj.weight",
+                                    .shape = {e, f, h},
+                                    .whole_leaves = true,
+                                    .active_units = active},
+                                   {.name = prefix + "experts.up_proj.weight",
+                                    .shape = {e, f, h},
+                                    .whole_leaves = true,
+                                    .active_units = active},
+                                   {.name = prefix + "experts.down_proj.weight",
+                                    .shape = {e, h, f},
+                                    .init_std = residual_std(model),
+                                    .whole_leaves = true,
+                                    .active_units = active}});
   if (model.num_shared_experts == 0) return;
   shared_.emplace(prefix + "shared_experts.", h, f * model.num_shared_experts, residual_std(model),
                   registry);

@@ -241,10 +241,9 @@ TEST(GradientOfSum, RoundsOnce) {
     // The norm takes the same gradient.
     const ElementRange one{static_cast<std::int64_t>(i), 1};
     double square = -1;
-    gradient_squares(stream,
-                     {.sum = ConstTensorView(q.data(), DType::i64, 1, std::ssize(q)),
-                      .sums_of_squares = {&square, DType::f64, 1, 1},
-                      .blocks = {&one, 1}});
+    gradient_squares(stream, {.sum = ConstTensorView(q.data(), DType::i64, 1, std::ssize(q)),
+                              .sums_of_squares = {&square, DType::f64, 1, 1},
+                              .blocks = {&one, 1}});
     ASSERT_EQ(square, std::pow(static_cast<double>(gradient[i]), 2)) << q[i];
   }
   EXPECT_GT(double_rounding_differs, 100) << "the cases do not tell one rounding from two";

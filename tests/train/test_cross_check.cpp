@@ -22,8 +22,8 @@ class CrossCheckTest : public ::testing::Test {
     folder_.reset();
   }
 
-  /// What the ranks find before their first step when rank `faulty` (-1: none) has another weight of
-  /// tensor `name`.
+  /// What the ranks find before their first step when rank `faulty` (-1: none) has another weight
+  /// of tensor `name`.
   static CrossCheckResult check(int ranks, int ep_size, int faulty, const std::string& name) {
     CrossCheckResult result;
     std::mutex mutex;
@@ -57,7 +57,8 @@ constexpr const char* kExpert = "model.layers.1.mlp.experts.down_proj.weight";
 using Ranks = std::vector<std::int64_t>;
 
 TEST_F(CrossCheckTest, RanksThatComputeAlikeAreNoSuspects) {
-  for (const auto& [ranks, ep] : {std::pair{1, 1}, {2, 2}, {2, 1}, {3, 3}, {4, 2}, {6, 2}, {6, 6}}) {
+  for (const auto& [ranks, ep] :
+       {std::pair{1, 1}, {2, 2}, {2, 1}, {3, 3}, {4, 2}, {6, 2}, {6, 6}}) {
     const CrossCheckResult result = check(ranks, ep, -1, kDense);
     EXPECT_EQ(result.suspects, Ranks()) << ranks << " ranks, EP " << ep;
     EXPECT_EQ(result.experts_too, ranks > ep);
