@@ -137,9 +137,10 @@ class Run {
     return requests;
   }
 
-  /// To the checkpoint before a spike of the loss; the samples since are passed by. Only those
-  /// saved at multiples of checkpoint.every count, and of a run that went back before only its own:
-  /// so the same one is taken however often the run was stopped, on any ranks.
+  /// To the checkpoint before a spike of the loss; the samples since are passed by. Only multiples
+  /// of checkpoint.every count, not what a stop saved between them, and behind the step where this
+  /// process began only what it saved itself, not what another branch left: so the same one is
+  /// taken however often the run was stopped, on any ranks.
   void go_back() {
     constexpr std::int64_t kMostTimes = 3;
     const std::int64_t spike = trainer_.steps_done();
