@@ -9,6 +9,7 @@
 
 #include "launch/checks.hpp"
 #include "launch/commands.hpp"
+#include "launch/eval_ids.hpp"
 #include "launch/run_setup.hpp"
 #include "launch/session.hpp"
 #include "src/base/error.hpp"
@@ -24,6 +25,8 @@ struct Arguments {
   std::string data;
   std::vector<std::string> domains;
   std::vector<std::string> sets;
+  std::string ids;
+  std::string logits;
   std::int64_t batches = 0;
   bool json = false;
   bool routing = false;
@@ -36,6 +39,7 @@ constexpr const char* kFooter =
     "\n"
     "Examples:\n"
     "  arcus eval runs/quickstart                         # all held-out text, latest checkpoint\n"
+    "  arcus eval runs/quickstart --ids ids.txt --logits logits.h5   # to compare with other programs\n"
     "  arcus eval runs/quickstart --domain code --batches 20 --json\n"
     "  mpirun -np 4 arcus eval runs/large/checkpoints/step-00010000 --data data/other";
 
@@ -115,6 +119,12 @@ void add_eval_command(CLI::App& app, Action& action) {
       ->capture_default_str()
       ->check(whole_number(0))
       ->type_name("N");
+  CLI::Option* ids =
+      command->add_option("--ids", args->ids, "evaluate these token ids, one text a line, instead");
+  ids->type_name("FILE");
+  command->add_option("--logits", args->logits, "with --ids: write their logits (HDF5)")
+      ->needs(ids)
+      ->type_name("OUT.h5");
   command->add_option("--set", args->sets, "override a key of the run's configuration")
       ->expected(1)
       ->take_all()
@@ -126,7 +136,11 @@ void add_eval_command(CLI::App& app, Action& action) {
   command->footer(kFooter);
   command->callback([&action, args] {
     action = [args] {
-      return run_session({}, [args](Session& session) { return run_on_ranks(session, *args); });
+      return run_session({}, [args](Session& session) {
+        return args->ids.empty()
+                   ? run_on_ranks(session, *args)
+                   : evaluate_ids(session, args->path, args->sets, args->ids, args->logits);
+      });
     };
   });
 }

@@ -9,6 +9,7 @@
 
 #include "launch/checks.hpp"
 #include "launch/commands.hpp"
+#include "launch/portable.hpp"
 #include "launch/run_setup.hpp"
 #include "launch/session.hpp"
 #include "launch/utf8_stream.hpp"
@@ -42,13 +43,11 @@ constexpr const char* kFooter =
     "  arcus generate runs/quickstart --prompt '#include <' --temperature 0 --max-tokens 400\n"
     "  mpirun -np 4 arcus generate runs/large --samples 3 --top-p 0.9 --seed 7";
 
-std::unique_ptr<Tokenizer> stored_tokenizer(const LoadedModel& model) {
-  const auto kind = model.info.extra.find(extra_key::kTokenizerKind);
-  const auto stored = model.info.extra.find(extra_key::kTokenizer);
-  ARCUS_REQUIRE(kind != model.info.extra.end() && stored != model.info.extra.end(),
-                ExitCode::checkpoint, "{} holds no tokenizer, so no text can be generated",
-                model.path.string());
-  return load_tokenizer(kind->second, stored->second);
+std::unique_ptr<Tokenizer> tokenizer_of(const LoadedModel& model) {
+  auto tokenizer = stored_tokenizer(model.info);
+  ARCUS_REQUIRE(tokenizer != nullptr, ExitCode::checkpoint,
+                "{} holds no tokenizer, so no text can be generated", model.path.string());
+  return tokenizer;
 }
 
 /// Standard input reaches rank 0 alone.
@@ -128,7 +127,7 @@ ExitCode run_on_ranks(Session& session, const Arguments& arguments) {
   std::unique_ptr<Tokenizer> tokenizer;
   std::vector<std::vector<std::int32_t>> ids;
   session.together([&] {
-    tokenizer = stored_tokenizer(model);
+    tokenizer = tokenizer_of(model);
     for (const std::string& prompt : prompts) ids.push_back(prompt_ids(*tokenizer, prompt));
   });
   SamplingOptions sampling = arguments.sampling;

@@ -209,4 +209,15 @@ LoadedModel load_generator(Session& session, const std::filesystem::path& path,
   });
 }
 
+LoadedModel load_for_logits(Session& session, const std::filesystem::path& path,
+                            const std::vector<std::string>& sets, std::int64_t seq_len,
+                            bool exact) {
+  return load(session, path, sets, [=](InstanceOptions& options) {
+    options = dropless_outside_training(std::move(options));
+    options.micro_batch_seqs = 1;
+    options.seq_len = seq_len;
+    if (exact) options.compute = DType::f32;
+  });
+}
+
 }  // namespace arcus

@@ -57,4 +57,9 @@ LoadedModel load_model(Session& session, const std::filesystem::path& path,
 LoadedModel load_generator(Session& session, const std::filesystem::path& path,
                            const std::vector<std::string>& sets, std::int64_t num_prompts);
 
+/// The same for the logits of whole texts of up to `seq_len` tokens, one at a time, dropless, in
+/// fp32 where `exact`.
+LoadedModel load_for_logits(Session& session, const std::filesystem::path& path,
+                            const std::vector<std::string>& sets, std::int64_t seq_len, bool exact);
+
 }  // namespace arcus

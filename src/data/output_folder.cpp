@@ -23,16 +23,16 @@ void sync_path(const fs::path& path) {
                 std::strerror(error));
 }
 
-void check_free(const fs::path& path, bool force) {
+void check_free(const fs::path& path, bool force, const FolderKind& kind) {
   if (!fs::exists(path)) return;
   const bool folder = fs::is_directory(path);
   if (folder && fs::is_empty(path)) return;
   ARCUS_REQUIRE(force, ExitCode::data,
-                "{} exists; choose another folder, or replace the data set in it with --force",
-                path.string());
-  ARCUS_REQUIRE(folder && fs::exists(path / "dataset.json"), ExitCode::data,
-                "{} exists and is no data set: it is not replaced, even with --force",
-                path.string());
+                "{} exists; choose another folder, or replace the {} in it with --force",
+                path.string(), kind.what);
+  ARCUS_REQUIRE(folder && fs::exists(path / kind.marker), ExitCode::data,
+                "{} exists and is no {}: it is not replaced, even with --force", path.string(),
+                kind.what);
 }
 
 fs::path without_trailing_slash(const fs::path& path) {
@@ -42,8 +42,9 @@ fs::path without_trailing_slash(const fs::path& path) {
 
 }  // namespace
 
-OutputFolder::OutputFolder(const fs::path& path, bool force) : path_(without_trailing_slash(path)) {
-  check_free(path_, force);
+OutputFolder::OutputFolder(const fs::path& path, bool force, const FolderKind& kind)
+    : path_(without_trailing_slash(path)) {
+  check_free(path_, force, kind);
   partial_ = path_;
   partial_ += ".partial";
   std::error_code error;

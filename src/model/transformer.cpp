@@ -185,9 +185,8 @@ void Transformer::train(PassContext& ctx, const ParamStore& params, TokenDispatc
   }
 }
 
-void Transformer::evaluate(PassContext& ctx, const ParamStore& params, TokenDispatcher& dispatcher,
-                           TensorView token_loss) const {
-  const RoundScope scope(ctx);
+TensorView Transformer::hidden_states(PassContext& ctx, const ParamStore& params,
+                                      TokenDispatcher& dispatcher) const {
   const std::int64_t tokens = ctx.batch.num_tokens();
   TensorView x = embed(ctx, params);
   TensorView next = allocate_padded(ctx.saved, params.compute_dtype(), tokens, model_.hidden_size);
@@ -201,8 +200,30 @@ void Transformer::evaluate(PassContext& ctx, const ParamStore& params, TokenDisp
     std::swap(x, next);
   }
   TensorView inv_rms;
-  const TensorView h = final_norm(ctx, params, x, inv_rms);
-  head_loss(ctx, params, h, TensorView(), token_loss);
+  return final_norm(ctx, params, x, inv_rms);
+}
+
+void Transformer::evaluate(PassContext& ctx, const ParamStore& params, TokenDispatcher& dispatcher,
+                           TensorView token_loss) const {
+  const RoundScope scope(ctx);
+  head_loss(ctx, params, hidden_states(ctx, params, dispatcher), TensorView(), token_loss);
+}
+
+void Transformer::evaluate_logits(PassContext& ctx, const ParamStore& params,
+                                  TokenDispatcher& dispatcher,
+                                  const LogitsConsumer& consume) const {
+  const RoundScope scope(ctx);
+  const TensorView h = hidden_states(ctx, params, dispatcher);
+  for (std::int64_t begin = 0; begin < h.rows; begin += head_chunk_rows()) {
+    const ArenaScope chunk(ctx.scratch);
+    const std::int64_t rows = std::min(head_chunk_rows(), h.rows - begin);
+    const TensorView logits =
+        ctx.scratch.allocate(accumulate_dtype(h.dtype), rows, model_.vocab_size);
+    linear_forward(ctx.stream, {.y = logits,
+                                .x = h.row_range(begin, rows),
+                                .weight = params.values(head_weight())});
+    consume(begin, logits);
+  }
 }
 
 void Transformer::decode(PassContext& ctx, const ParamStore& params, TokenDispatcher& dispatcher,

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -40,6 +41,11 @@ class Transformer {
   /// Loss of the micro-batch, in evaluation form; token_loss [1, T] accumulate type.
   void evaluate(PassContext& ctx, const ParamStore& params, TokenDispatcher& dispatcher,
                 TensorView token_loss) const;
+  /// The same for the logits themselves: `consume` sees those of rows first_row, first_row + 1, ...
+  /// as [rows, V] (accumulate type), in ascending order.
+  using LogitsConsumer = std::function<void(std::int64_t first_row, ConstTensorView logits)>;
+  void evaluate_logits(PassContext& ctx, const ParamStore& params, TokenDispatcher& dispatcher,
+                       const LogitsConsumer& consume) const;
   /// Logits [B, V] (accumulate type) of the next token after ids [1, B] at ctx.batch.position.
   void decode(PassContext& ctx, const ParamStore& params, TokenDispatcher& dispatcher,
               std::vector<KvCache>& caches, TensorView logits) const;
@@ -61,6 +67,9 @@ class Transformer {
 
  private:
   TensorView embed(PassContext& ctx, const ParamStore& params) const;
+  /// What the head sees, [T, H], in evaluation form.
+  TensorView hidden_states(PassContext& ctx, const ParamStore& params,
+                           TokenDispatcher& dispatcher) const;
   TensorView final_norm(PassContext& ctx, const ParamStore& params, ConstTensorView x,
                         TensorView& inv_rms) const;
   void head_loss(PassContext& ctx, const ParamStore& params, ConstTensorView h, TensorView dh,

@@ -1,0 +1,46 @@
+#pragma once
+
+#include <filesystem>
+#include <functional>
+#include <span>
+#include <string>
+
+#include "checkpoints/interop/family.hpp"
+#include "checkpoints/interop/tensor_plan.hpp"
+#include "checkpoints/interop/tokenizer_files.hpp"
+
+namespace arcus {
+
+/// Gives the fp32 numbers of one unit of the model's tensors.
+using UnitReader = std::function<void(const ModelUnit& unit, std::span<float> out)>;
+
+/// A model that is to be written for other programs.
+struct ExportSource {
+  PortableModel model;
+  const Family* family = nullptr;
+  FileType type = FileType::f32;  ///< of the matrices; the gate, norms and biases stay f32
+  std::string name;               ///< for people
+  UnitReader read;
+  const Tokenizer* tokenizer = nullptr;  ///< null: none is written
+  FileTexts tokenizer_files;             ///< of an imported model, kept verbatim
+};
+
+/// Told of bytes written, of bytes in all.
+using ExportProgress = std::function<void(std::int64_t done, std::int64_t all)>;
+
+/// Writes a Hugging Face directory's files into `directory`, which is there and empty: config.json,
+/// generation_config.json, safetensors of at most `shard_bytes` with their index, the tokenizer.
+/// No more than one unit of the model is held in memory. Throws (data) on a full disk.
+void write_hf(const ExportSource& source, const std::filesystem::path& directory,
+              const ExportProgress& progress, std::int64_t shard_bytes = 5'000'000'000);
+/// Writes a GGUF file.
+void write_gguf(const ExportSource& source, const std::filesystem::path& file,
+                const ExportProgress& progress);
+
+/// Whether the numbers of the gates' biases are written shifted (PlannedTensor::shift_to_zero, and
+/// one of them is below zero).
+bool shifts_expert_bias(const ExportSource& source);
+/// Bytes of all tensors.
+std::int64_t export_bytes(const ExportSource& source, Target target);
+
+}  // namespace arcus

@@ -1,0 +1,40 @@
+#include "launch/new_run.hpp"
+
+#include <algorithm>
+#include <utility>
+
+#include "src/base/error.hpp"
+
+namespace arcus {
+
+NewRun::NewRun(Session& session, std::string folder)
+    : session_(session), folder_(std::move(folder)) {
+  session_.together([&] {
+    ARCUS_REQUIRE(!folder_.empty(), ExitCode::usage, "--out must name a folder");
+    if (!session_.is_root()) return;
+    lock_ = std::make_unique<RunLock>(folder_);
+    ARCUS_REQUIRE(list_checkpoints(folder_).empty(), ExitCode::usage,
+                  "{} holds checkpoints of a run already; --out must be another folder", folder_);
+  });
+}
+
+SaveReport NewRun::save(const CheckpointInfo& info, std::span<const TensorSpec> tensors,
+                        const Maker& make) {
+  std::vector<StateView> views;
+  std::vector<std::vector<char>> memory;
+  memory.reserve(tensors.size());
+  session_.together([&] {
+    std::vector<std::int64_t> bytes(static_cast<std::size_t>(session_.comm().size()));
+    for (const TensorSpec& spec : tensors) {
+      StateView& view = views.emplace_back(StateView{spec, false, {}});
+      const auto least = std::min_element(bytes.begin(), bytes.end());
+      *least += spec.num_elements() * static_cast<std::int64_t>(size_of(spec.dtype));
+      if (least - bytes.begin() != session_.rank() || spec.num_elements() == 0) continue;
+      memory.push_back(make(spec));
+      view.slices.push_back({{0, spec.num_rows()}, memory.back().data()});
+    }
+  });
+  return save_checkpoint(session_.comm(), session_.stream(), folder_, info, views, {.keep = 0});
+}
+
+}  // namespace arcus

@@ -1,0 +1,26 @@
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "checkpoints/checkpoint.hpp"
+#include "checkpoints/interop/export_model.hpp"
+#include "launch/run_config.hpp"
+#include "src/data/tokenizer.hpp"
+
+namespace arcus {
+
+/// A configuration's model as other programs need to know it.
+PortableModel portable_model(const Config& config, const ModelConfig& resolved);
+
+/// One line where no family represents the model, "" where one does.
+std::string why_not_exportable(const Config& config, const ModelConfig& resolved);
+
+/// The tokenizer that a checkpoint holds; null where it holds none.
+std::unique_ptr<Tokenizer> stored_tokenizer(const CheckpointInfo& info);
+
+/// Reads units of a checkpoint's tensors, each block verified; `checkpoint` must outlive it. Not
+/// for several threads at once.
+UnitReader read_from(const Checkpoint& checkpoint);
+
+}  // namespace arcus
