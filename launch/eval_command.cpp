@@ -39,7 +39,8 @@ constexpr const char* kFooter =
     "\n"
     "Examples:\n"
     "  arcus eval runs/quickstart                         # all held-out text, latest checkpoint\n"
-    "  arcus eval runs/quickstart --ids ids.txt --logits logits.h5   # to compare with other programs\n"
+    "  arcus eval runs/quickstart --ids ids.txt --logits logits.h5   # to compare with other "
+    "programs\n"
     "  arcus eval runs/quickstart --domain code --batches 20 --json\n"
     "  mpirun -np 4 arcus eval runs/large/checkpoints/step-00010000 --data data/other";
 

@@ -33,7 +33,8 @@ std::vector<std::int32_t> parse_ids(const std::string& line, const std::string& 
     const auto [next, error] = std::from_chars(at, end, id);
     ARCUS_REQUIRE(error == std::errc() && id >= 0, ExitCode::data,
                   "{}: \"{}\" is no token id; a line holds decimal ids with blanks between them",
-                  where, std::string(at, std::min<std::size_t>(12, static_cast<std::size_t>(end - at))));
+                  where,
+                  std::string(at, std::min<std::size_t>(12, static_cast<std::size_t>(end - at))));
     ids.push_back(id);
     at = next;
   }
@@ -128,18 +129,18 @@ ExitCode evaluate_ids(Session& session, const std::string& path,
   });
   double loss = 0;
   std::int64_t targets = 0;
-  evaluate_logits(*model.instance, texts,
-                  [&](std::size_t text, std::int64_t first, ConstTensorView logits) {
-                    if (file) file->append(logits);
-                    const auto& ids = texts[text];
-                    for (std::int64_t row = 0; row < logits.rows; ++row) {
-                      const auto next = static_cast<std::size_t>(first + row + 1);
-                      if (next >= ids.size()) continue;
-                      loss += next_token_loss(
-                          {logits.row<float>(row), static_cast<std::size_t>(vocab)}, ids[next]);
-                      ++targets;
-                    }
-                  });
+  evaluate_logits(
+      *model.instance, texts, [&](std::size_t text, std::int64_t first, ConstTensorView logits) {
+        if (file) file->append(logits);
+        const auto& ids = texts[text];
+        for (std::int64_t row = 0; row < logits.rows; ++row) {
+          const auto next = static_cast<std::size_t>(first + row + 1);
+          if (next >= ids.size()) continue;
+          loss +=
+              next_token_loss({logits.row<float>(row), static_cast<std::size_t>(vocab)}, ids[next]);
+          ++targets;
+        }
+      });
   session.together([&] {
     if (file) file->finish();
   });

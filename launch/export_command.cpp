@@ -38,10 +38,14 @@ struct Arguments {
 };
 
 constexpr const char* kFooter =
-    "Writes the trained model for inference engines: a Hugging Face directory (transformers, vLLM,\n"
-    "SGLang) or one GGUF file (llama.cpp). A family is chosen that computes exactly what the model\n"
-    "does; where there is none, the keys that stand in the way are named. What was written is read\n"
-    "back, evaluated on held-out text and compared with the checkpoint, number by number; only then\n"
+    "Writes the trained model for inference engines: a Hugging Face directory (transformers, "
+    "vLLM,\n"
+    "SGLang) or one GGUF file (llama.cpp). A family is chosen that computes exactly what the "
+    "model\n"
+    "does; where there is none, the keys that stand in the way are named. What was written is "
+    "read\n"
+    "back, evaluated on held-out text and compared with the checkpoint, number by number; only "
+    "then\n"
     "does it appear under its name, with a report beside it.\n"
     "\n"
     "Examples:\n"
@@ -73,8 +77,7 @@ int check_config(const Arguments& arguments) {
     const char* const name = target == Target::hf ? "hf" : "gguf";
     try {
       const Family& family = choose_family(model, target);
-      fmt::print("--to {:<4}  {}\n", name,
-                 target == Target::hf ? family.name : family.gguf_arch);
+      fmt::print("--to {:<4}  {}\n", name, target == Target::hf ? family.name : family.gguf_arch);
       for (const std::string& note : export_notes(model, family, target)) {
         fmt::print("           note: {}\n", note);
       }
@@ -111,9 +114,7 @@ class Output {
     if (target_ == Target::gguf && !committed_) fs::remove(partial(), ignored);
   }
 
-  fs::path partial() const {
-    return folder_ ? folder_->partial() : fs::path(path_ + ".partial");
-  }
+  fs::path partial() const { return folder_ ? folder_->partial() : fs::path(path_ + ".partial"); }
   std::string report_path() const { return path_ + ".report.json"; }
   const std::string& path() const { return path_; }
   void commit() {
@@ -146,8 +147,7 @@ ExportProgress print_progress() {
 
 class Export {
  public:
-  Export(Session& session, const Arguments& arguments)
-      : session_(session), arguments_(arguments) {}
+  Export(Session& session, const Arguments& arguments) : session_(session), arguments_(arguments) {}
 
   ExitCode run() {
     session_.together([&] { prepare(); });
@@ -174,12 +174,11 @@ class Export {
     source_.name = arguments_.name.empty() ? default_name() : arguments_.name;
     tokenizer_ = stored_tokenizer(checkpoint_.info);
     source_.tokenizer = tokenizer_.get();
-    ARCUS_REQUIRE(tokenizer_ == nullptr || tokenizer_->vocab_size() <= model.vocab_size,
-                  ExitCode::checkpoint,
-                  "{}: the tokenizer has {} ids, the embedding {} rows; such a checkpoint is "
-                  "damaged or was put together wrongly",
-                  checkpoint_.path.string(), tokenizer_ ? tokenizer_->vocab_size() : 0,
-                  model.vocab_size);
+    ARCUS_REQUIRE(
+        tokenizer_ == nullptr || tokenizer_->vocab_size() <= model.vocab_size, ExitCode::checkpoint,
+        "{}: the tokenizer has {} ids, the embedding {} rows; such a checkpoint is "
+        "damaged or was put together wrongly",
+        checkpoint_.path.string(), tokenizer_ ? tokenizer_->vocab_size() : 0, model.vocab_size);
     if (!session_.is_root()) return;
     if (tokenizer_ == nullptr) {
       spdlog::warn("{} holds no tokenizer: none is written", checkpoint_.path.string());
@@ -222,8 +221,7 @@ class Export {
     for (const auto& ids : texts.ids) longest = std::max(longest, std::ssize(ids));
     ProbeResult before;
     {
-      LoadedModel loaded =
-          load_for_logits(session_, checkpoint_.path, {}, longest, /*exact=*/true);
+      LoadedModel loaded = load_for_logits(session_, checkpoint_.path, {}, longest, /*exact=*/true);
       before = probe(*loaded.instance, texts);
     }
     std::optional<ModelFiles> files;
@@ -240,12 +238,10 @@ class Export {
                           session_.is_root() ? output_->partial().string() : std::string());
   }
 
-  ProbeResult probe_files(const ModelFiles& files, const ProbeTexts& texts,
-                          std::int64_t seq_len) {
+  ProbeResult probe_files(const ModelFiles& files, const ProbeTexts& texts, std::int64_t seq_len) {
     Stream stream(set_up_threads(ParallelConfig(), session_.comm(), session_.stream()));
     const PortableModel& model = files.model();
-    const int ep_size =
-        resolve_ep_size(0, session_.comm().size(), model.model.num_experts);
+    const int ep_size = resolve_ep_size(0, session_.comm().size(), model.model.num_experts);
     ModelInstance instance(make_process_groups(session_.comm(), ep_size), stream,
                            probe_options(model.model, model.routing, model.overrides, seq_len));
     session_.together([&] { files.read(instance.parameter_views()); });
@@ -274,16 +270,15 @@ class Export {
 
   void finish() {
     if (target_ == Target::hf) {
-      files::write_synced(output_->partial() / "README.md",
-                          model_card(source_, verified_ ? &report_ : nullptr,
-                                     checkpoint_.info.config_text, checkpoint_.info.created_by,
-                                     checkpoint_.info.step, data_description()));
+      files::write_synced(
+          output_->partial() / "README.md",
+          model_card(source_, verified_ ? &report_ : nullptr, checkpoint_.info.config_text,
+                     checkpoint_.info.created_by, checkpoint_.info.step, data_description()));
     }
     output_->commit();
     fmt::print("{}: {}, {}, {:.1f} MB\n", output_->path(),
                target_ == Target::hf ? source_.family->name : source_.family->gguf_arch,
-               name_of(source_.type),
-               static_cast<double>(export_bytes(source_, target_)) / 1e6);
+               name_of(source_.type), static_cast<double>(export_bytes(source_, target_)) / 1e6);
     if (!verified_) return;
     files::write_synced(output_->report_path(), report_.json().dump(2) + "\n");
     fmt::print("verified: {}\n", report_.summary());
@@ -340,8 +335,9 @@ void add_export_command(CLI::App& app, Action& action) {
   command->add_option("--dtype", args->dtype, "of the matrices: f32, bf16 or f16")
       ->capture_default_str()
       ->type_name("TYPE");
-  command->add_option("--data", args->data,
-                      "data set whose held-out text is compared on; default: the run's")
+  command
+      ->add_option("--data", args->data,
+                   "data set whose held-out text is compared on; default: the run's")
       ->type_name("DIR");
   command->add_option("--name", args->name, "the model's name; default: the run folder's")
       ->type_name("NAME");
@@ -354,9 +350,9 @@ void add_export_command(CLI::App& app, Action& action) {
       action = once([args] { return check_config(*args); });
       return;
     }
-    for (const auto& [option, value] : {std::pair{"--checkpoint", &args->checkpoint},
-                                        std::pair{"--to", &args->to},
-                                        std::pair{"--out", &args->out}}) {
+    for (const auto& [option, value] :
+         {std::pair{"--checkpoint", &args->checkpoint}, std::pair{"--to", &args->to},
+          std::pair{"--out", &args->out}}) {
       if (value->empty()) throw CLI::RequiredError(option);
     }
     action = [args] {

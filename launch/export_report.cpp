@@ -136,7 +136,8 @@ std::string card_table(const ExportSource& source) {
                            m.num_kv_heads, m.head_dim));
   row("experts", fmt::format("{} of {} per token, {} wide, {} shared", m.topk, m.num_experts,
                              m.expert_ff_size, m.num_shared_experts));
-  row("gate", fmt::format("{}, weights {}", r.score, r.renormalize ? "renormalized" : "as they are"));
+  row("gate",
+      fmt::format("{}, weights {}", r.score, r.renormalize ? "renormalized" : "as they are"));
   row("vocabulary", fmt::format("{}", m.vocab_size));
   row("numbers", fmt::format("{}; gate, norms and biases f32", name_of(source.type)));
   return text;
@@ -169,9 +170,9 @@ std::string ExportReport::summary() const {
   std::string text = fmt::format("{} tensors equal", tensors.equal);
   if (tensors.shifted > 0) text += fmt::format(", {} gate biases shifted", tensors.shifted);
   if (tensors.added > 0) text += fmt::format(", {} added that change nothing", tensors.added);
-  text += model.logits_equal
-              ? ", logits bit-equal"
-              : fmt::format(", logits within {:.2g} (std {:.2g})", model.max_logit, model.logit_std);
+  text += model.logits_equal ? ", logits bit-equal"
+                             : fmt::format(", logits within {:.2g} (std {:.2g})", model.max_logit,
+                                           model.logit_std);
   if (!model.logits_equal) {
     text += fmt::format(", a token's loss within {:.2g} in the mean", model.mean_token_loss);
     text += fmt::format(", {} of {} choices of experts moved", model.moved, model.choices);

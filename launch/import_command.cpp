@@ -28,7 +28,8 @@ struct Arguments {
 };
 
 constexpr const char* kFooter =
-    "Reads a Hugging Face directory (config.json, safetensors, tokenizer) or a GGUF file and writes\n"
+    "Reads a Hugging Face directory (config.json, safetensors, tokenizer) or a GGUF file and "
+    "writes\n"
     "the first checkpoint of a new run folder, for eval, generate, upcycle, export and\n"
     "`arcus train --init`. Every tensor is used once and every number kept (F32, F16, BF16; Q8_0,\n"
     "Q4_0 and Q4_1 are dequantised); what Arcus does not compute is refused by name.\n"
@@ -63,8 +64,7 @@ std::vector<char> read_tensor(const ModelFiles& files, const TensorSpec& spec) {
   std::vector<char> bytes(static_cast<std::size_t>(spec.num_elements()) * sizeof(float));
   auto* values = reinterpret_cast<float*>(bytes.data());
   for (std::int64_t unit = 0; unit < spec.num_units; ++unit) {
-    files.read({spec.name, unit},
-               {values + unit * unit_size, static_cast<std::size_t>(unit_size)});
+    files.read({spec.name, unit}, {values + unit * unit_size, static_cast<std::size_t>(unit_size)});
   }
   return bytes;
 }
@@ -82,9 +82,10 @@ CheckpointInfo imported_info(const Config& config, const Tokenizer* tokenizer) {
 void check_vocabulary(const ModelFiles& files, const Tokenizer* tokenizer,
                       const std::string& from) {
   if (tokenizer == nullptr) {
-    spdlog::warn("{} has no tokenizer: the model can be evaluated on ids only, and trained on data "
-                 "that was prepared with the right one",
-                 from);
+    spdlog::warn(
+        "{} has no tokenizer: the model can be evaluated on ids only, and trained on data "
+        "that was prepared with the right one",
+        from);
     return;
   }
   const std::int64_t rows = files.model().model.vocab_size;
@@ -110,11 +111,11 @@ ExitCode run_on_ranks(Session& session, const Arguments& arguments) {
                [&](const TensorSpec& spec) { return read_tensor(*files, spec); });
   if (!session.is_root()) return ExitCode::ok;
   for (const std::string& note : files->notes()) spdlog::info("note: {}", note);
-  fmt::print("{}: {} from {}, {} tensors, {:.1f} MB, tokenizer {}\n", report.path.string(),
-             files->family().name, arguments.from, files->tensors().size(),
-             static_cast<double>(report.bytes) / 1e6,
-             tokenizer ? fmt::format("{} of {} ids", tokenizer->kind(), tokenizer->vocab_size())
-                       : "none");
+  fmt::print(
+      "{}: {} from {}, {} tensors, {:.1f} MB, tokenizer {}\n", report.path.string(),
+      files->family().name, arguments.from, files->tensors().size(),
+      static_cast<double>(report.bytes) / 1e6,
+      tokenizer ? fmt::format("{} of {} ids", tokenizer->kind(), tokenizer->vocab_size()) : "none");
   return ExitCode::ok;
 }
 

@@ -128,8 +128,8 @@ ProbeDifference compare(const ProbeResult& before, const ProbeResult& after) {
   ProbeDifference d{.tokens = std::ssize(before.token_loss),
                     .loss_before = before.mean_loss(),
                     .loss_after = after.mean_loss()};
-  ARCUS_CHECK(before.logits.size() == after.logits.size(), "{} logits and {}",
-              before.logits.size(), after.logits.size());
+  ARCUS_CHECK(before.logits.size() == after.logits.size(), "{} logits and {}", before.logits.size(),
+              after.logits.size());
   d.logits_equal = true;
   double sum = 0;
   double squares = 0;
@@ -162,8 +162,7 @@ ProbeDifference compare(const ProbeResult& before, const ProbeResult& after) {
 }
 
 InstanceOptions probe_options(const ModelConfig& model, const RoutingConfig& routing,
-                              const std::vector<RoutingOverride>& overrides,
-                              std::int64_t seq_len) {
+                              const std::vector<RoutingOverride>& overrides, std::int64_t seq_len) {
   return dropless_outside_training({.model = model,
                                     .routing = routing,
                                     .overrides = overrides,

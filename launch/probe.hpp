@@ -24,10 +24,10 @@ ProbeTexts choose_probe_texts(Session& session, const std::string& data, const C
 
 /// What a model makes of them; filled on rank 0.
 struct ProbeResult {
-  std::vector<float> logits;        ///< [tokens, V]
-  std::vector<double> token_loss;   ///< of each token that has a next one
-  std::vector<std::int32_t> topk;   ///< the experts of every token of every layer, ascending
-  std::int64_t slots = 0;           ///< of them per token and layer
+  std::vector<float> logits;       ///< [tokens, V]
+  std::vector<double> token_loss;  ///< of each token that has a next one
+  std::vector<std::int32_t> topk;  ///< the experts of every token of every layer, ascending
+  std::int64_t slots = 0;          ///< of them per token and layer
   double mean_loss() const;
 };
 /// `instance` as evaluate_logits takes it. Collective.
@@ -35,19 +35,18 @@ ProbeResult probe(ModelInstance& instance, const ProbeTexts& texts);
 
 struct ProbeDifference {
   std::int64_t tokens = 0;
-  bool logits_equal = false;    ///< every bit
-  double max_logit = 0;         ///< largest |difference|
-  double logit_std = 0;         ///< of the first model's logits
-  double mean_token_loss = 0;   ///< mean |difference|
+  bool logits_equal = false;   ///< every bit
+  double max_logit = 0;        ///< largest |difference|
+  double logit_std = 0;        ///< of the first model's logits
+  double mean_token_loss = 0;  ///< mean |difference|
   double loss_before = 0, loss_after = 0;
-  std::int64_t moved = 0;       ///< choices of experts (token, layer) that differ
+  std::int64_t moved = 0;  ///< choices of experts (token, layer) that differ
   std::int64_t choices = 0;
 };
 ProbeDifference compare(const ProbeResult& before, const ProbeResult& after);
 
 /// A model in evaluation form for `probe`, its parameters not yet read.
 InstanceOptions probe_options(const ModelConfig& model, const RoutingConfig& routing,
-                              const std::vector<RoutingOverride>& overrides,
-                              std::int64_t seq_len);
+                              const std::vector<RoutingOverride>& overrides, std::int64_t seq_len);
 
 }  // namespace arcus

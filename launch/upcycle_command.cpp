@@ -34,15 +34,18 @@ struct Arguments {
 constexpr const char* kFooter =
     "Every dense feed-forward layer becomes E experts, copies of it, behind a new gate. With\n"
     "renormalized weights (the default) and no noise the new model computes what the dense one\n"
-    "does; both are evaluated, on held-out text where there is some, and the difference is printed.\n"
-    "--granularity G cuts each copy into G experts of a G-th of the width, E and K multiples of G.\n"
+    "does; both are evaluated, on held-out text where there is some, and the difference is "
+    "printed.\n"
+    "--granularity G cuts each copy into G experts of a G-th of the width, E and K multiples of "
+    "G.\n"
     "Training goes on with `arcus train --init`.\n"
     "\n"
     "Examples:\n"
     "  arcus import --from models/llama --out runs/llama\n"
     "  arcus upcycle --from runs/llama --experts 8 --topk 2 --out runs/upcycled\n"
     "  arcus upcycle --from runs/llama --experts 64 --topk 8 --granularity 8 --out runs/granular\n"
-    "  arcus upcycle --from runs/qwen --experts 8 --topk 2 --set routing.score=sigmoid --out runs/q";
+    "  arcus upcycle --from runs/qwen --experts 8 --topk 2 --set routing.score=sigmoid --out "
+    "runs/q";
 
 Config upcycled_config(const Arguments& arguments, const Config& before, const ModelConfig& dense) {
   Config config = before;
@@ -72,9 +75,10 @@ std::vector<char> make_tensor(const Upcycling& upcycling, const UnitReader& read
 }
 
 void print_difference(const ProbeDifference& d, const ProbeTexts& texts, bool preserves) {
-  fmt::print("on {} tokens of {}:\n  loss {:.6f} dense, {:.6f} upcycled; logits differ by up to "
-             "{:.3g} (std {:.3g})\n",
-             d.tokens, texts.source, d.loss_before, d.loss_after, d.max_logit, d.logit_std);
+  fmt::print(
+      "on {} tokens of {}:\n  loss {:.6f} dense, {:.6f} upcycled; logits differ by up to "
+      "{:.3g} (std {:.3g})\n",
+      d.tokens, texts.source, d.loss_before, d.loss_after, d.max_logit, d.logit_std);
   constexpr double kRounding = 1e-4;
   if (preserves && !(d.max_logit <= kRounding * std::max(1.0, d.logit_std))) {
     spdlog::warn("that is more than rounding explains; the dense model may be badly conditioned");
@@ -104,9 +108,9 @@ ExitCode run_on_ranks(Session& session, const Arguments& arguments) {
   }
   NewRun run(session, arguments.out);
   const UnitReader read = read_from(checkpoint);
-  const SaveReport report =
-      run.save(info, portable_tensors(after),
-               [&](const TensorSpec& spec) { return make_tensor(*upcycling, read, spec); });
+  const SaveReport report = run.save(info, portable_tensors(after), [&](const TensorSpec& spec) {
+    return make_tensor(*upcycling, read, spec);
+  });
   const ModelConfig& m = upcycling->model();
   if (session.is_root()) {
     fmt::print("{}: {} experts of {} columns, {} per token, in {} of {} layers, {:.1f} MB\n",
@@ -137,8 +141,7 @@ ExitCode run_on_ranks(Session& session, const Arguments& arguments) {
 }  // namespace
 
 void add_upcycle_command(CLI::App& app, Action& action) {
-  CLI::App* command =
-      app.add_subcommand("upcycle", "A mixture-of-experts run from a dense model");
+  CLI::App* command = app.add_subcommand("upcycle", "A mixture-of-experts run from a dense model");
   auto args = std::make_shared<Arguments>();
   command->add_option("--from", args->from, "run folder or checkpoint of a dense model")
       ->required()

@@ -43,7 +43,11 @@ class TensorEncoder {
   template <class Writer>
   void write(const PlannedTensor& planned, Writer& writer) {
     const FileType type = type_of(planned, source_);
-    if (planned.pieces.empty()) write_zeros(bytes_of(type, planned.num_elements()), writer);
+    if (!planned.constants.empty()) {
+      put(encode(type, planned.constants, planned.name), writer);
+    } else if (planned.pieces.empty()) {
+      write_zeros(bytes_of(type, planned.num_elements()), writer);
+    }
     for (const ModelUnit& piece : planned.pieces) {
       const TensorSpec& spec = specs_.at(piece.tensor);
       values_.resize(static_cast<std::size_t>(spec.num_elements() / spec.num_units));
@@ -143,11 +147,11 @@ bool shifts_expert_bias(const ExportSource& source) {
   return false;
 }
 
-void write_hf(const ExportSource& source, const fs::path& directory,
-              const ExportProgress& progress, std::int64_t shard_bytes) {
-  files::write_synced(directory / "config.json",
-                      hf_config_text(source.model, *source.family, torch_dtype(source.type),
-                                     eos_of(source)));
+void write_hf(const ExportSource& source, const fs::path& directory, const ExportProgress& progress,
+              std::int64_t shard_bytes) {
+  files::write_synced(
+      directory / "config.json",
+      hf_config_text(source.model, *source.family, torch_dtype(source.type), eos_of(source)));
   files::write_synced(directory / "generation_config.json",
                       hf_generation_config_text(eos_of(source)));
   if (source.tokenizer != nullptr) {
@@ -163,9 +167,8 @@ void write_hf(const ExportSource& source, const fs::path& directory,
   std::map<std::string, std::string> file_of;
   for (std::size_t i = 0; i < shards.size(); ++i) {
     const std::string name =
-        shards.size() == 1
-            ? "model.safetensors"
-            : fmt::format("model-{:05}-of-{:05}.safetensors", i + 1, shards.size());
+        shards.size() == 1 ? "model.safetensors"
+                           : fmt::format("model-{:05}-of-{:05}.safetensors", i + 1, shards.size());
     SafetensorsWriter writer(directory / name, described(shards[i], source));
     for (const PlannedTensor& planned : shards[i]) {
       encoder.write(planned, writer);

@@ -124,9 +124,6 @@ bool same_in_evaluation(const LayerRouting& a, const LayerRouting& b) {
 void check_any_family(const PortableModel& p, Rules& rules) {
   const ModelConfig& m = p.model;
   const RoutingConfig& r = p.routing;
-  // One value that fits every family is named; others may do as well.
-  rules.require(m.first_k_dense < m.num_layers, "model.first_k_dense", m.first_k_dense,
-                std::int64_t{0});
   // In evaluation these take the topk largest scores.
   const bool takes_largest =
       r.select == "topk" || r.select == "second_sampled" || r.select == "sinkhorn";
@@ -134,8 +131,8 @@ void check_any_family(const PortableModel& p, Rules& rules) {
   rules.require(r.score == "softmax" || r.score == "sigmoid", "routing.score", r.score, "softmax");
   rules.require(!r.gate_bias, "routing.gate_bias", r.gate_bias, false);
   rules.require(r.stream == "none", "routing.stream.mode", r.stream, "none");
-  rules.require(r.n_group == 1 || r.group_score == "top2_sum", "routing.group_score",
-                r.group_score, "top2_sum");
+  rules.require(r.n_group == 1 || r.group_score == "top2_sum", "routing.group_score", r.group_score,
+                "top2_sum");
   for (const RoutingOverride& o : p.overrides) {
     if (same_in_evaluation(o.with, {m.topk, r})) continue;
     rules.refuse(true, "routing.override layers",
@@ -143,14 +140,18 @@ void check_any_family(const PortableModel& p, Rules& rules) {
   }
 }
 
-void check_attention(const PortableModel& p, const Family& f, Rules& rules) {
+void check_attention(const PortableModel& p, const Family& f, Target target, Rules& rules) {
   const ModelConfig& m = p.model;
   const bool any_norm = f.qk_norm == "any" && m.qk_norm != "full";
   rules.require(any_norm || m.qk_norm == f.qk_norm, "model.qk_norm", m.qk_norm,
                 f.qk_norm == "any" ? "head" : f.qk_norm);
   rules.require(f.qkv_bias || !m.qkv_bias, "model.qkv_bias", m.qkv_bias, false);
-  rules.require(f.name == "glm4_moe" || m.partial_rotary_factor == 1,
-                "model.partial_rotary_factor", m.partial_rotary_factor, 1.0);
+  rules.require(f.name == "glm4_moe" || m.partial_rotary_factor == 1, "model.partial_rotary_factor",
+                m.partial_rotary_factor, 1.0);
+  if (target == Target::gguf && f.gguf_arch != "llama") {
+    // Its factors are a tensor that one architecture reads.
+    rules.require(m.rope_scaling != "llama3", "model.rope_scaling", m.rope_scaling, "none");
+  }
   if (f.name == "olmoe" || f.name == "qwen2_moe") {
     rules.require(m.head_dim * m.num_heads == m.hidden_size, "model.head_dim", m.head_dim,
                   m.hidden_size / m.num_heads);
@@ -187,6 +188,15 @@ void check_routing_of(const PortableModel& p, const Family& f, Target target, Ru
                 r.routed_scaling_factor, 1.0);
   rules.require(r.n_group == 1, "routing.n_group", r.n_group, std::int64_t{1});
   rules.require(m.first_k_dense == 0, "model.first_k_dense", m.first_k_dense, std::int64_t{0});
+}
+
+/// A model without experts is of no family that is written.
+void require_experts(const PortableModel& p) {
+  const ModelConfig& m = p.model;
+  ARCUS_REQUIRE(m.first_k_dense < m.num_layers, ExitCode::usage,
+                "the model has no layer with experts (model.first_k_dense {} of {} layers), and "
+                "models with experts are what is exported; `arcus upcycle` makes one of it",
+                m.first_k_dense, m.num_layers);
 }
 
 void check_shared(const PortableModel& p, const Family& f, Rules& rules) {
@@ -234,7 +244,7 @@ bool needs_empty_shared_expert(const PortableModel& model, const Family& family)
 std::vector<Misfit> misfits(const PortableModel& model, const Family& family, Target target) {
   Rules rules;
   check_any_family(model, rules);
-  check_attention(model, family, rules);
+  check_attention(model, family, target, rules);
   check_routing_of(model, family, target, rules);
   check_shared(model, family, rules);
   return rules.take();
@@ -250,6 +260,7 @@ std::string describe(std::span<const Misfit> misfits) {
 }
 
 const Family& choose_family(const PortableModel& model, Target target) {
+  require_experts(model);
   const Family* nearest = nullptr;
   std::vector<Misfit> fewest;
   for (const Family& family : kFamilies) {
@@ -276,6 +287,7 @@ const Family& choose_family(const PortableModel& model, Target target) {
 
 const Family& choose_family(const PortableModel& model, Target target, std::string_view name) {
   if (name == "auto") return choose_family(model, target);
+  require_experts(model);
   const Family& family = find_exported_family(name);
   const std::vector<Misfit> found = misfits(model, family, target);
   ARCUS_REQUIRE(found.empty(), ExitCode::usage,
@@ -291,12 +303,12 @@ std::vector<std::string> export_notes(const PortableModel& model, const Family& 
   const ModelConfig& m = model.model;
   const auto multiple = [&](const char* what, std::int64_t size) {
     if (size % 32 != 0) {
-      notes.push_back(fmt::format("{} ({}) is no multiple of 32: engines cannot quantise it", what,
-                                  size));
+      notes.push_back(
+          fmt::format("{} ({}) is no multiple of 32: engines cannot quantise it", what, size));
     } else if (target == Target::gguf && size % 256 != 0) {
-      notes.push_back(fmt::format(
-          "{} ({}) is no multiple of 256: 4-bit quantisation falls back to other types", what,
-          size));
+      notes.push_back(
+          fmt::format("{} ({}) is no multiple of 256: 4-bit quantisation falls back to other types",
+                      what, size));
     }
   };
   multiple("model.hidden_size", m.hidden_size);
@@ -308,17 +320,17 @@ std::vector<std::string> export_notes(const PortableModel& model, const Family& 
                                 m.vocab_size));
   }
   if (model.routing.eval_capacity_factor > 0) {
-    notes.push_back(
-        fmt::format("routing.eval_capacity_factor ({}): other programs drop nothing",
-                    model.routing.eval_capacity_factor));
+    notes.push_back(fmt::format("routing.eval_capacity_factor ({}): other programs drop nothing",
+                                model.routing.eval_capacity_factor));
   }
   if (model.routing.noise > 0) {
     notes.push_back("routing.noise: the gate's noise weights serve training only and are left out");
   }
   if (needs_empty_shared_expert(model, family)) {
-    notes.push_back(fmt::format("{} always has a shared expert: one of zeros is written, which "
-                                "changes nothing and costs its time",
-                                family.name));
+    notes.push_back(
+        fmt::format("{} always has a shared expert: one of zeros is written, which "
+                    "changes nothing and costs its time",
+                    family.name));
   }
   return notes;
 }

@@ -31,13 +31,13 @@ struct Family {
   std::string_view hf_class;  ///< architectures
   std::string_view gguf_arch;
   Spelling spelling = Spelling::llama;
-  bool exported = false;        ///< else read only
-  bool experts = true;          ///< false: all layers are dense
-  std::string_view shared;      ///< how the shared expert is called, "" = the family has none
-  bool shared_gate = false;     ///< the shared expert has a gate, always
-  bool expert_bias = false;     ///< e_score_correction_bias, always
-  std::string_view qk_norm;     ///< "none", "head", "full", or "any" of the first two
-  bool qkv_bias = false;        ///< biases of q, k and v: may be, as config.json says
+  bool exported = false;         ///< else read only
+  bool experts = true;           ///< false: all layers are dense
+  std::string_view shared;       ///< how the shared expert is called, "" = the family has none
+  bool shared_gate = false;      ///< the shared expert has a gate, always
+  bool expert_bias = false;      ///< e_score_correction_bias, always
+  std::string_view qk_norm;      ///< "none", "head", "full", or "any" of the first two
+  bool qkv_bias = false;         ///< biases of q, k and v: may be, as config.json says
   bool always_qkv_bias = false;  ///< older readers expect them: zeros where there are none
 };
 

@@ -3,7 +3,9 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
+#include <span>
 
 #include "src/base/error.hpp"
 
@@ -33,14 +35,12 @@ class ArchKeys {
     if (otherwise && !file_.has(name)) return *otherwise;
     if (!file_.has(name)) return file_.integer(name);
     const std::vector<std::int64_t> values = file_.integers(name);
-    ARCUS_REQUIRE(!values.empty() && std::ranges::all_of(values, [&](auto v) {
-                    return v == values.front();
-                  }),
-                  ExitCode::data, "{}: {} differs from layer to layer, which is not supported",
-                  source_, name);
-    ARCUS_REQUIRE(values.front() >= 0 && values.front() <= (std::int64_t{1} << 40),
-                  ExitCode::data, "{}: {} is {}; it must be a size", source_, name,
-                  values.front());
+    ARCUS_REQUIRE(
+        !values.empty() && std::ranges::all_of(values, [&](auto v) { return v == values.front(); }),
+        ExitCode::data, "{}: {} differs from layer to layer, which is not supported", source_,
+        name);
+    ARCUS_REQUIRE(values.front() >= 0 && values.front() <= (std::int64_t{1} << 40), ExitCode::data,
+                  "{}: {} is {}; it must be a size", source_, name, values.front());
     return values.front();
   }
   double number(const std::string& key, std::optional<double> otherwise = {}) {
@@ -88,6 +88,46 @@ const Family& find_family(const GgufFile& file) {
              file.path().string(), arch, experts ? " with experts" : " without experts", known);
 }
 
+/// The llama3 rule whose factors `rope_freqs.weight` holds: the file does not name it, but models
+/// use few.
+bool find_llama3(std::span<const float> factors, ModelConfig& m) {
+  ModelConfig plain = m;
+  plain.rope_scaling = "none";
+  const std::vector<double> before = rope_inv_freq(plain);
+  m.rope_scaling = "llama3";
+  for (const double factor : {8.0, 32.0, 16.0, 4.0, 2.0}) {
+    m.rope_factor = factor;
+    const std::vector<double> after = rope_inv_freq(m);
+    bool same = after.size() == factors.size();
+    for (std::size_t i = 0; same && i < after.size(); ++i) {
+      const auto given = static_cast<double>(factors[i]);
+      same = std::abs(before[i] / after[i] - given) <= 1e-5 * given;
+    }
+    if (same) return true;
+  }
+  return false;
+}
+
+void read_rope_scaling(ArchKeys& keys, const GgufFile& file, ModelConfig& m) {
+  const std::string type = keys.text("rope.scaling.type", "none");
+  keys.refuse_unless(type == "none" || type == "linear", "rope.scaling.type",
+                     "none, linear and llama3's factors are");
+  double factor = keys.number("rope.scaling.factor", 1.0);
+  if (keys.has("rope.scale_linear")) factor = keys.number("rope.scale_linear");
+  if (factor > 0 && factor != 1) {
+    m.rope_scaling = "linear";
+    m.rope_factor = factor;
+  }
+  const FileTensor* factors = file.find("rope_freqs.weight");
+  if (factors == nullptr) return;
+  keys.refuse_unless(factors->num_elements() <= m.head_dim && m.rope_scaling == "none",
+                     "rope_freqs.weight (a tensor)", "");
+  std::vector<float> values(static_cast<std::size_t>(factors->num_elements()));
+  file.read(*factors, 0, values);
+  keys.refuse_unless(find_llama3(values, m), "rope_freqs.weight (a tensor)",
+                     "its factors are not those of a llama3 rule of 8192 tokens");
+}
+
 void read_attention(ArchKeys& keys, const GgufFile& file, DescribedModel& d) {
   ModelConfig& m = d.model.model;
   m.hidden_size = keys.integer("embedding_length");
@@ -103,13 +143,7 @@ void read_attention(ArchKeys& keys, const GgufFile& file, DescribedModel& d) {
   const std::int64_t rotated = keys.integer("rope.dimension_count", m.head_dim);
   m.partial_rotary_factor =
       m.head_dim > 0 ? static_cast<double>(rotated) / static_cast<double>(m.head_dim) : 1;
-  const std::string scaling = keys.text("rope.scaling.type", "none");
-  keys.refuse_unless(scaling == "none", "rope.scaling.type", "only plain rotary embedding is");
-  for (const char* factor : {"rope.scale_linear", "rope.scaling.factor"}) {
-    keys.refuse_unless(keys.number(factor, 1.0) == 1 || keys.number(factor, 1.0) == 0, factor, "");
-  }
-  keys.refuse_unless(file.find("rope_freqs.weight") == nullptr, "rope_freqs.weight (a tensor)",
-                     "only plain rotary embedding is");
+  read_rope_scaling(keys, file, m);
   d.model.context_length = keys.integer("context_length");
   keys.refuse_unless(!keys.has("attention.sliding_window") ||
                          keys.integer("attention.sliding_window") == 0 ||
@@ -174,8 +208,7 @@ void read_experts(ArchKeys& keys, DescribedModel& d) {
     ARCUS_REQUIRE(f.name != "glm4_moe" || m.num_shared_experts > 0, ExitCode::data,
                   "{}: expert_shared_count is 0: engines load such a file and compute nonsense",
                   keys.source());
-    const std::int64_t shared =
-        keys.integer("expert_shared_feed_forward_length", m.expert_ff_size);
+    const std::int64_t shared = keys.integer("expert_shared_feed_forward_length", m.expert_ff_size);
     keys.refuse_unless(shared == m.expert_ff_size, "expert_shared_feed_forward_length",
                        "it must be expert_feed_forward_length");
   }
@@ -247,6 +280,10 @@ GgufKeys gguf_model_keys(const PortableModel& p, const Family& f, FileType file_
   add("rope.freq_base", f32(m.rope_theta));
   add("rope.dimension_count",
       u32(static_cast<std::int64_t>(static_cast<double>(m.head_dim) * m.partial_rotary_factor)));
+  if (m.rope_scaling == "linear") {
+    add("rope.scaling.type", std::string("linear"));
+    add("rope.scaling.factor", f32(m.rope_factor));
+  }
   add("expert_count", u32(m.num_experts));
   add("expert_used_count", u32(m.topk));
   add("expert_feed_forward_length", u32(m.expert_ff_size));

@@ -60,8 +60,8 @@ class Keys {
   void refuse_unless(bool supported, const std::string& key, const std::string& remedy) {
     used_.insert(key);
     if (supported) return;
-    ARCUS_FAIL(ExitCode::data, "{}: {} = {} is not supported{}", source_, key,
-               shown(object_[key]), remedy.empty() ? "" : "; " + remedy);
+    ARCUS_FAIL(ExitCode::data, "{}: {} = {} is not supported{}", source_, key, shown(object_[key]),
+               remedy.empty() ? "" : "; " + remedy);
   }
   void require(bool good, const std::string& key, const char* what) {
     ARCUS_REQUIRE(good, ExitCode::data, "{}: {} is {}; it must be {}", source_, key,
@@ -95,40 +95,91 @@ class Keys {
 
 /// Keys that do not change what the model computes.
 bool changes_nothing(const std::string& key) {
-  static const std::set<std::string> keys = {
-      "_name_or_path", "architectures", "auto_map", "attention_dropout", "bos_token_id",
-      "chunk_size_feed_forward", "dtype", "embd_pdrop", "embedding_dropout", "eos_token_id",
-      "ep_size", "hidden_dropout", "initializer_factor", "initializer_range", "id2label",
-      "is_decoder", "label2id", "language", "max_window_layers", "mlp_dropout",
-      "moe_router_topk_scaling_factor", "norm_softmax", "num_nextn_predict_layers",
-      "num_mtp_layers", "mtp_loss_scaling_factor", "output_attentions", "output_dropout",
-      "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp",
-      "problem_type", "resid_pdrop", "return_dict", "router_dtype", "router_jitter_noise",
-      "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
-      "summary_type", "summary_use_proj", "task_specific_params", "tokenizer_class", "torch_dtype",
-      "transformers_version", "unsloth_version", "unsloth_fixed", "use_cache", "vocab_padded"};
+  static const std::set<std::string> keys = {"_name_or_path",
+                                             "architectures",
+                                             "auto_map",
+                                             "attention_dropout",
+                                             "bos_token_id",
+                                             "chunk_size_feed_forward",
+                                             "dtype",
+                                             "embd_pdrop",
+                                             "embedding_dropout",
+                                             "eos_token_id",
+                                             "ep_size",
+                                             "hidden_dropout",
+                                             "initializer_factor",
+                                             "initializer_range",
+                                             "id2label",
+                                             "is_decoder",
+                                             "label2id",
+                                             "language",
+                                             "max_window_layers",
+                                             "mlp_dropout",
+                                             "moe_router_topk_scaling_factor",
+                                             "norm_softmax",
+                                             "num_nextn_predict_layers",
+                                             "num_mtp_layers",
+                                             "mtp_loss_scaling_factor",
+                                             "output_attentions",
+                                             "output_dropout",
+                                             "output_hidden_states",
+                                             "output_router_logits",
+                                             "pad_token_id",
+                                             "pretraining_tp",
+                                             "problem_type",
+                                             "resid_pdrop",
+                                             "return_dict",
+                                             "router_dtype",
+                                             "router_jitter_noise",
+                                             "summary_activation",
+                                             "summary_first_dropout",
+                                             "summary_proj_to_labels",
+                                             "summary_type",
+                                             "summary_use_proj",
+                                             "task_specific_params",
+                                             "tokenizer_class",
+                                             "torch_dtype",
+                                             "transformers_version",
+                                             "unsloth_version",
+                                             "unsloth_fixed",
+                                             "use_cache",
+                                             "vocab_padded"};
   return keys.contains(key);
+}
+
+/// One of the two objects that may say how positions are rotated.
+void read_rope_object(Keys& keys, const std::string& key, ModelConfig& m) {
+  const json* rope = keys.find(key);
+  if (rope == nullptr) return;
+  keys.require(rope->is_object(), key, "an object");
+  const auto number = [&](const char* name, double otherwise) {
+    const auto found = rope->find(name);
+    if (found == rope->end() || found->is_null()) return otherwise;
+    keys.require(found->is_number(), key, "an object of numbers");
+    return found->get<double>();
+  };
+  const auto type_key = rope->contains("rope_type") ? "rope_type" : "type";
+  const auto type = rope->find(type_key);
+  const std::string kind = type == rope->end() || !type->is_string() ? "default" : *type;
+  keys.refuse_unless(kind == "default" || kind == "linear" || kind == "llama3", key,
+                     "the types default, linear and llama3 are");
+  m.rope_theta = number("rope_theta", m.rope_theta);
+  m.partial_rotary_factor = number("partial_rotary_factor", m.partial_rotary_factor);
+  if (kind == "default") return;
+  m.rope_scaling = kind;
+  m.rope_factor = number("factor", 1);
+  if (kind == "linear") return;
+  m.rope_low_freq_factor = number("low_freq_factor", 1);
+  m.rope_high_freq_factor = number("high_freq_factor", 4);
+  m.rope_original_context =
+      static_cast<std::int64_t>(number("original_max_position_embeddings", 8192));
 }
 
 void read_rope(Keys& keys, ModelConfig& m, double default_rotary_factor) {
   m.rope_theta = keys.number("rope_theta", 10000.0);
   m.partial_rotary_factor = keys.number("partial_rotary_factor", default_rotary_factor);
-  const auto read = [&](const std::string& key) {
-    const json* rope = keys.find(key);
-    if (rope == nullptr) return;
-    keys.require(rope->is_object(), key, "an object");
-    const std::string type = rope->value("rope_type", rope->value("type", "default"));
-    keys.refuse_unless(type == "default", key,
-                       "only plain rotary embedding (rope_type \"default\") is");
-    if (rope->contains("rope_theta") && rope->at("rope_theta").is_number()) {
-      m.rope_theta = rope->at("rope_theta").get<double>();
-    }
-    if (rope->contains("partial_rotary_factor") && rope->at("partial_rotary_factor").is_number()) {
-      m.partial_rotary_factor = rope->at("partial_rotary_factor").get<double>();
-    }
-  };
-  read("rope_scaling");
-  read("rope_parameters");
+  read_rope_object(keys, "rope_scaling", m);
+  read_rope_object(keys, "rope_parameters", m);
 }
 
 void read_attention(Keys& keys, const Family& f, DescribedModel& d) {
@@ -146,9 +197,9 @@ void read_attention(Keys& keys, const Family& f, DescribedModel& d) {
   keys.refuse_unless(keys.text("hidden_act", "silu") == "silu", "hidden_act",
                      "only \"silu\" (SwiGLU) is");
   read_rope(keys, m, f.name == "glm4_moe" || f.name == "bailing_moe_v2" ? 0.5 : 1.0);
-  m.qk_norm = f.qk_norm == "any" ? (keys.flag("use_qk_norm", f.name == "bailing_moe_v2") ? "head"
-                                                                                        : "none")
-                                 : std::string(f.qk_norm);
+  m.qk_norm = f.qk_norm == "any"
+                  ? (keys.flag("use_qk_norm", f.name == "bailing_moe_v2") ? "head" : "none")
+                  : std::string(f.qk_norm);
   // A bias of q, k and v: built into qwen2 and qwen2_moe, a switch elsewhere.
   if (f.name == "qwen2" || f.name == "qwen2_moe") {
     m.qkv_bias = keys.flag("qkv_bias", true);
@@ -242,10 +293,9 @@ void read_experts(Keys& keys, const Family& f, DescribedModel& d) {
     return;
   }
   // Sigmoid scores with a bias that selects, and groups.
-  m.num_experts =
-      keys.integer(f.name == "bailing_moe_v2" ? "num_experts" : "n_routed_experts");
-  m.num_shared_experts = keys.integer(
-      f.name == "bailing_moe_v2" ? "num_shared_experts" : "n_shared_experts", 0);
+  m.num_experts = keys.integer(f.name == "bailing_moe_v2" ? "num_experts" : "n_routed_experts");
+  m.num_shared_experts =
+      keys.integer(f.name == "bailing_moe_v2" ? "num_shared_experts" : "n_shared_experts", 0);
   m.first_k_dense = keys.integer("first_k_dense_replace", 0);
   r.score = "sigmoid";
   for (const char* key : {"scoring_func", "score_function"}) {
@@ -357,11 +407,18 @@ void write_common(ordered& j, const PortableModel& p, const Family& f, std::stri
   j["pad_token_id"] = nullptr;
   // Older and newer readers' spelling.
   j["rope_theta"] = m.rope_theta;
-  j["rope_scaling"] = nullptr;
   j["partial_rotary_factor"] = m.partial_rotary_factor;
-  j["rope_parameters"] = {{"rope_type", "default"},
-                          {"rope_theta", m.rope_theta},
-                          {"partial_rotary_factor", m.partial_rotary_factor}};
+  ordered scaling{{"rope_type", m.rope_scaling == "none" ? "default" : m.rope_scaling}};
+  if (m.rope_scaling != "none") scaling["factor"] = m.rope_factor;
+  if (m.rope_scaling == "llama3") {
+    scaling["low_freq_factor"] = m.rope_low_freq_factor;
+    scaling["high_freq_factor"] = m.rope_high_freq_factor;
+    scaling["original_max_position_embeddings"] = m.rope_original_context;
+  }
+  j["rope_scaling"] = m.rope_scaling == "none" ? ordered() : scaling;
+  scaling["rope_theta"] = m.rope_theta;
+  scaling["partial_rotary_factor"] = m.partial_rotary_factor;
+  j["rope_parameters"] = scaling;
 }
 
 void write_own(ordered& j, const PortableModel& p, const Family& f) {
@@ -412,8 +469,8 @@ void write_own(ordered& j, const PortableModel& p, const Family& f) {
 
 }  // namespace
 
-std::string hf_config_text(const PortableModel& model, const Family& family,
-                           std::string_view dtype, std::int32_t eos_id) {
+std::string hf_config_text(const PortableModel& model, const Family& family, std::string_view dtype,
+                           std::int32_t eos_id) {
   ordered j;
   write_common(j, model, family, dtype, eos_id);
   write_own(j, model, family);

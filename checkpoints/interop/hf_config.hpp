@@ -19,8 +19,8 @@ struct DescribedModel {
 };
 
 /// config.json of a Hugging Face directory. `dtype`: "float32", "bfloat16" or "float16".
-std::string hf_config_text(const PortableModel& model, const Family& family,
-                           std::string_view dtype, std::int32_t eos_id);
+std::string hf_config_text(const PortableModel& model, const Family& family, std::string_view dtype,
+                           std::int32_t eos_id);
 /// generation_config.json.
 std::string hf_generation_config_text(std::int32_t eos_id);
 

@@ -19,8 +19,8 @@ nlohmann::json parse_json_object(std::string_view text, const std::string& sourc
     if (event == json::parse_event_t::object_end) keys.pop_back();
     if (event == json::parse_event_t::key) {
       const auto key = value.get<std::string>();
-      ARCUS_REQUIRE(keys.back().insert(key).second, ExitCode::data, "{}: the key \"{}\" occurs twice",
-                    source, key);
+      ARCUS_REQUIRE(keys.back().insert(key).second, ExitCode::data,
+                    "{}: the key \"{}\" occurs twice", source, key);
     }
     return true;
   };

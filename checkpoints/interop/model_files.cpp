@@ -36,12 +36,11 @@ std::vector<std::string> shard_names(const fs::path& directory) {
                 "{}: weight_map is missing", index.string());
   std::set<std::string> names;
   for (const auto& [tensor, file] : json["weight_map"].items()) {
-    ARCUS_REQUIRE(file.is_string(), ExitCode::data, "{}: the file of {} is no text",
-                  index.string(), tensor);
+    ARCUS_REQUIRE(file.is_string(), ExitCode::data, "{}: the file of {} is no text", index.string(),
+                  tensor);
     const auto name = file.get<std::string>();
-    ARCUS_REQUIRE(fs::path(name).filename() == name && name != ".." && name != ".",
-                  ExitCode::data, "{}: \"{}\" is no name of a file in this directory",
-                  index.string(), name);
+    ARCUS_REQUIRE(fs::path(name).filename() == name && name != ".." && name != ".", ExitCode::data,
+                  "{}: \"{}\" is no name of a file in this directory", index.string(), name);
     names.insert(name);
   }
   for (const std::string& name : names) {
@@ -98,8 +97,8 @@ ModelFiles::ModelFiles(const fs::path& path, const std::set<std::string>& ignore
 void ModelFiles::open_directory(const fs::path& path, const std::set<std::string>& ignored) {
   ARCUS_REQUIRE(fs::exists(path / "config.json"), ExitCode::data,
                 "{}: config.json is missing; is it a Hugging Face directory?", source_);
-  described_ = read_hf_config(read_file(path / "config.json"), (path / "config.json").string(),
-                              ignored);
+  described_ =
+      read_hf_config(read_file(path / "config.json"), (path / "config.json").string(), ignored);
   for (const std::string& name : shard_names(path)) {
     files_.push_back(std::make_unique<SafetensorsFile>(path / name));
   }
@@ -138,9 +137,8 @@ void ModelFiles::collect_tensors() {
 HfSpelling ModelFiles::find_spelling() const {
   HfSpelling spelling = written_spelling(*described_.family);
   const auto any = [&](const std::string& part) {
-    return std::ranges::any_of(found_, [&](const auto& entry) {
-      return entry.first.find(part) != std::string::npos;
-    });
+    return std::ranges::any_of(
+        found_, [&](const auto& entry) { return entry.first.find(part) != std::string::npos; });
   };
   if (!any("model.")) spelling.prefix.clear();
   spelling.fused_experts = any(".experts.gate_up_proj");
@@ -224,9 +222,9 @@ void ModelFiles::place(const std::vector<PlannedTensor>& plan) {
   }
   std::vector<std::string> unused;
   for (const auto& [name, tensor] : found_) unused.push_back(name);
-  ARCUS_REQUIRE(missing.empty(), ExitCode::data, "{}: tensors are missing: {}{}", source_,
-                some_of(missing),
-                unused.empty() ? "" : fmt::format("; these are there instead: {}", some_of(unused)));
+  ARCUS_REQUIRE(
+      missing.empty(), ExitCode::data, "{}: tensors are missing: {}{}", source_, some_of(missing),
+      unused.empty() ? "" : fmt::format("; these are there instead: {}", some_of(unused)));
   ARCUS_REQUIRE(unused.empty(), ExitCode::data,
                 "{}: tensors that a {} of this description does not have: {}; they would be lost",
                 source_, described_.family->name, some_of(unused));

@@ -23,8 +23,8 @@ class Planner {
 
   PlannedTensor& add(std::string name, std::vector<std::int64_t> shape,
                      std::vector<ModelUnit> pieces) {
-    return tensors_.emplace_back(
-        PlannedTensor{.name = std::move(name), .shape = std::move(shape), .pieces = std::move(pieces)});
+    return tensors_.emplace_back(PlannedTensor{
+        .name = std::move(name), .shape = std::move(shape), .pieces = std::move(pieces)});
   }
   PlannedTensor& add_f32(std::string name, std::vector<std::int64_t> shape,
                          std::vector<ModelUnit> pieces) {
@@ -36,7 +36,9 @@ class Planner {
 
   std::int64_t q_size() const { return m_.num_heads * m_.head_dim; }
   std::int64_t kv_size() const { return m_.num_kv_heads * m_.head_dim; }
-  std::int64_t norm_size(std::int64_t full) const { return m_.qk_norm == "full" ? full : m_.head_dim; }
+  std::int64_t norm_size(std::int64_t full) const {
+    return m_.qk_norm == "full" ? full : m_.head_dim;
+  }
   std::int64_t shared_ff() const {
     return m_.expert_ff_size * std::max<std::int64_t>(1, m_.num_shared_experts);
   }
@@ -183,11 +185,9 @@ class HfPlanner : Planner {
     const std::int64_t h = m_.hidden_size;
     const std::string inside = from + "shared_experts.";
     const std::string outside = fmt::format("{}{}.", to, family_.shared);
-    add(outside + "gate_proj.weight", {shared_ff(), h},
-        shared_pieces(inside + "gate_proj.weight"));
+    add(outside + "gate_proj.weight", {shared_ff(), h}, shared_pieces(inside + "gate_proj.weight"));
     add(outside + "up_proj.weight", {shared_ff(), h}, shared_pieces(inside + "up_proj.weight"));
-    add(outside + "down_proj.weight", {h, shared_ff()},
-        shared_pieces(inside + "down_proj.weight"));
+    add(outside + "down_proj.weight", {h, shared_ff()}, shared_pieces(inside + "down_proj.weight"));
     if (!family_.shared_gate) return;
     add_f32(to + "shared_expert_gate.weight", {1, h}, {{from + "shared_expert_gate.weight"}});
   }
@@ -215,6 +215,7 @@ class GgufPlanner : Planner {
         add_moe(l, from + "mlp.", to);
       }
     }
+    if (m_.rope_scaling == "llama3") add_rope_factors();
     add_f32("output_norm.weight", {h}, {{"model.norm.weight"}});
     // Not every reader takes the embedding where the head is missing.
     const bool needs_head = family_.gguf_arch == "olmoe" || family_.gguf_arch == "qwen2moe";
@@ -257,6 +258,18 @@ class GgufPlanner : Planner {
     if (m_.qk_norm == "none") return;
     add_f32(to + "attn_q_norm.weight", {norm_size(q_size())}, {{from + "q_norm.weight"}});
     add_f32(to + "attn_k_norm.weight", {norm_size(kv_size())}, {{from + "k_norm.weight"}});
+  }
+
+  /// By how much each angle is slower than without scaling.
+  void add_rope_factors() {
+    ModelConfig plain = m_;
+    plain.rope_scaling = "none";
+    const std::vector<double> before = rope_inv_freq(plain);
+    const std::vector<double> after = rope_inv_freq(m_);
+    PlannedTensor& factors = add_f32("rope_freqs.weight", {std::ssize(after)}, {});
+    for (std::size_t i = 0; i < after.size(); ++i) {
+      factors.constants.push_back(static_cast<float>(before[i] / after[i]));
+    }
   }
 
   void add_ffn(const std::string& from, const std::string& to) {

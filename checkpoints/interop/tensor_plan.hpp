@@ -20,13 +20,15 @@ struct ModelUnit {
 struct PlannedTensor {
   std::string name;
   std::vector<std::int64_t> shape;
-  std::vector<ModelUnit> pieces;  ///< empty: zeros, which change nothing
+  std::vector<ModelUnit> pieces;  ///< empty: `constants`, or zeros, which change nothing
+  std::vector<float> constants;   ///< what follows from the configuration
   bool always_f32 = false;        ///< whatever the type of the others
   /// > 0: rows of each head of so many dimensions stand in pairs (GGUF's arch llama) instead of
   /// half after half.
   std::int64_t paired_head_dim = 0;
   bool may_be_absent = false;  ///< from a file: its units are zeros then
-  bool shift_to_zero = false;  ///< to a file: minus its least number (the choice of experts is the same)
+  bool shift_to_zero =
+      false;  ///< to a file: minus its least number (the choice of experts is the same)
 
   std::int64_t num_elements() const;
 };
@@ -34,8 +36,8 @@ struct PlannedTensor {
 /// How a directory spells what there is more than one spelling for.
 struct HfSpelling {
   std::string prefix = "model.";
-  std::string moe_folder;      ///< "mlp." or "block_sparse_moe.", of a layer
-  bool fused_experts = false;  ///< one tensor for all experts of a layer
+  std::string moe_folder;        ///< "mlp." or "block_sparse_moe.", of a layer
+  bool fused_experts = false;    ///< one tensor for all experts of a layer
   bool mixtral_experts = false;  ///< w1, w3, w2
 };
 /// The spelling that is written.

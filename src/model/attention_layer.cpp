@@ -8,28 +8,13 @@
 #include "src/model/leaves.hpp"
 
 namespace arcus {
-namespace {
-
-/// inv_freq[i] = theta^(-2i / rotary_dim), one per rotated pair of dimensions.
-std::vector<double> make_inv_freq(const ModelConfig& model) {
-  const auto pairs = static_cast<std::int64_t>(static_cast<double>(model.head_dim) *
-                                               model.partial_rotary_factor / 2);
-  std::vector<double> inv_freq(static_cast<std::size_t>(pairs));
-  for (std::int64_t i = 0; i < pairs; ++i) {
-    inv_freq[static_cast<std::size_t>(i)] =
-        std::pow(model.rope_theta, -static_cast<double>(i) / static_cast<double>(pairs));
-  }
-  return inv_freq;
-}
-
-}  // namespace
 
 AttentionLayer::AttentionLayer(const ModelConfig& model, const std::string& prefix,
                                ParamRegistry& registry)
     : model_(model),
       q_size_(model.num_heads * model.head_dim),
       kv_size_(model.num_kv_heads * model.head_dim),
-      inv_freq_(make_inv_freq(model)) {
+      inv_freq_(rope_inv_freq(model)) {
   const std::int64_t h = model.hidden_size;
   const double out_std = 0.02 / std::sqrt(2.0 * static_cast<double>(model.num_layers));
   q_ =

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numbers>
 #include <numeric>
 #include <optional>
 #include <utility>
@@ -43,6 +44,36 @@ void validate_attention(const ModelConfig& m) {
                 m.partial_rotary_factor, head_dim, 2.0 / static_cast<double>(head_dim));
   ARCUS_REQUIRE(m.rope_theta > 1, ExitCode::usage, "model.rope_theta is {}; it must exceed 1",
                 m.rope_theta);
+  ARCUS_REQUIRE(
+      m.rope_scaling == "none" || m.rope_scaling == "linear" || m.rope_scaling == "llama3",
+      ExitCode::usage,
+      "model.rope_scaling is \"{}\"; it must be \"none\", \"linear\" or \"llama3\"",
+      m.rope_scaling);
+  ARCUS_REQUIRE(m.rope_factor >= 1, ExitCode::usage,
+                "model.rope_factor is {}; it must be at least 1", m.rope_factor);
+  ARCUS_REQUIRE(m.rope_scaling != "none" || m.rope_factor == 1, ExitCode::usage,
+                "model.rope_factor ({}) needs model.rope_scaling (now \"none\"); set it to "
+                "\"linear\" or \"llama3\", or rope_factor to 1",
+                m.rope_factor);
+  ARCUS_REQUIRE(m.rope_low_freq_factor > 0 && m.rope_high_freq_factor > m.rope_low_freq_factor,
+                ExitCode::usage,
+                "model.rope_low_freq_factor ({}) must be positive and below "
+                "model.rope_high_freq_factor ({}); 1 and 4 are usual",
+                m.rope_low_freq_factor, m.rope_high_freq_factor);
+  ARCUS_REQUIRE(m.rope_original_context > 0, ExitCode::usage,
+                "model.rope_original_context is {}; it must be at least 1",
+                m.rope_original_context);
+}
+
+/// The llama3 rule for one angle: by how often it turns in the original length.
+double stretched_llama3(const ModelConfig& m, double inv_freq) {
+  const double turns =
+      static_cast<double>(m.rope_original_context) * inv_freq / (2 * std::numbers::pi);
+  if (turns > m.rope_high_freq_factor) return inv_freq;
+  if (turns < m.rope_low_freq_factor) return inv_freq / m.rope_factor;
+  const double smooth =
+      (turns - m.rope_low_freq_factor) / (m.rope_high_freq_factor - m.rope_low_freq_factor);
+  return (1 - smooth) * inv_freq / m.rope_factor + smooth * inv_freq;
 }
 
 void validate_experts(const ModelConfig& m) {
@@ -137,6 +168,20 @@ double aux_coefficient(const RoutingConfig& routing, AuxScope scope) {
                      : scope == AuxScope::global ? routing.aux_loss_global
                                                  : 0;
   return own + (routing.aux_scope == name ? routing.aux_loss : 0);
+}
+
+std::vector<double> rope_inv_freq(const ModelConfig& m) {
+  const auto pairs =
+      static_cast<std::int64_t>(static_cast<double>(m.head_dim) * m.partial_rotary_factor / 2);
+  std::vector<double> inv_freq;
+  for (std::int64_t i = 0; i < pairs; ++i) {
+    const double plain =
+        std::pow(m.rope_theta, -static_cast<double>(i) / static_cast<double>(pairs));
+    inv_freq.push_back(m.rope_scaling == "llama3"   ? stretched_llama3(m, plain)
+                       : m.rope_scaling == "linear" ? plain / m.rope_factor
+                                                    : plain);
+  }
+  return inv_freq;
 }
 
 std::int64_t num_slots(const ModelConfig& model, const RoutingConfig& routing) {

@@ -18,6 +18,14 @@ struct ModelConfig {
   bool qkv_bias = false;
   double rope_theta = 10000;
   double partial_rotary_factor = 1;  ///< share of head_dim that is rotated
+  /// How the angles were stretched for longer texts: "none" | "linear" (all by rope_factor) |
+  /// "llama3" (slow ones by rope_factor, fast ones not, in between a mean).
+  std::string rope_scaling = "none";
+  double rope_factor = 1;
+  double rope_low_freq_factor = 1;            ///< llama3: turns in the original length below which
+                                              ///< an angle is slow
+  double rope_high_freq_factor = 4;           ///< llama3: above which it is fast
+  std::int64_t rope_original_context = 8192;  ///< llama3: the original length, in tokens
   double norm_eps = 1e-6;
   std::int64_t first_k_dense = 0;  ///< leading layers with a dense feed-forward
   std::int64_t dense_ff_size = 0;  ///< 0 = topk * expert_ff_size
@@ -86,6 +94,10 @@ LayerRouting routing_of_layer(const ModelConfig& model, const RoutingConfig& rou
 enum class AuxScope { micro_batch, sequence, global };
 /// Its coefficient: aux_loss where that is aux_scope, and the scope's own key.
 double aux_coefficient(const RoutingConfig& routing, AuxScope scope);
+/// Angle per position of each rotated pair of dimensions, [head_dim * partial_rotary_factor / 2]:
+/// rope_theta^(-i / pairs), stretched as rope_scaling says.
+std::vector<double> rope_inv_freq(const ModelConfig& model);
+
 /// Slots per token: topk, or num_experts where every expert may take every token.
 std::int64_t num_slots(const ModelConfig& model, const RoutingConfig& routing);
 

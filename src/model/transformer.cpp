@@ -219,9 +219,9 @@ void Transformer::evaluate_logits(PassContext& ctx, const ParamStore& params,
     const std::int64_t rows = std::min(head_chunk_rows(), h.rows - begin);
     const TensorView logits =
         ctx.scratch.allocate(accumulate_dtype(h.dtype), rows, model_.vocab_size);
-    linear_forward(ctx.stream, {.y = logits,
-                                .x = h.row_range(begin, rows),
-                                .weight = params.values(head_weight())});
+    linear_forward(
+        ctx.stream,
+        {.y = logits, .x = h.row_range(begin, rows), .weight = params.values(head_weight())});
     consume(begin, logits);
   }
 }

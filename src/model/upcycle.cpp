@@ -56,8 +56,7 @@ ModelConfig upcycled_model(const ModelConfig& dense, const RoutingConfig& routin
   ARCUS_REQUIRE(o.granularity >= 1 && dense.dense_ff_size % o.granularity == 0, ExitCode::usage,
                 "--granularity {} does not divide the dense width {}", o.granularity,
                 dense.dense_ff_size);
-  ARCUS_REQUIRE(o.num_experts % o.granularity == 0 && o.topk % o.granularity == 0,
-                ExitCode::usage,
+  ARCUS_REQUIRE(o.num_experts % o.granularity == 0 && o.topk % o.granularity == 0, ExitCode::usage,
                 "--experts {} and --topk {} must be multiples of --granularity {}, so that a token "
                 "takes whole copies; {} and {} would do",
                 o.num_experts, o.topk, o.granularity,

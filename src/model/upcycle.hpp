@@ -15,9 +15,9 @@ namespace arcus {
 /// mod G of copy e div G. The gate's rows are random, one for each copy, so that a token takes
 /// whole copies.
 struct UpcycleOptions {
-  std::int64_t num_experts = 8;  ///< E, a multiple of G
-  std::int64_t topk = 2;         ///< K, a multiple of G
-  std::int64_t granularity = 1;  ///< G
+  std::int64_t num_experts = 8;    ///< E, a multiple of G
+  std::int64_t topk = 2;           ///< K, a multiple of G
+  std::int64_t granularity = 1;    ///< G
   std::int64_t first_k_dense = 0;  ///< leading layers that stay dense
   double noise = 0;  ///< added to every expert's weights, relative to their root mean square
   /// How the weights of shards grow, since a token's weights sum to 1 while whole copies are sums

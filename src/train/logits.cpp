@@ -45,12 +45,13 @@ void evaluate_logits(ModelInstance& instance, std::span<const std::vector<std::i
     PassContext ctx = instance.pass(batch, stats);
     ctx.training = false;
     if (observer) ctx.observer = &observer;
-    instance.transformer().evaluate_logits(
-        ctx, instance.params(), instance.dispatcher(),
-        [&](std::int64_t first_row, ConstTensorView logits) {
-          const std::int64_t rows = std::min(logits.rows, tokens - first_row);
-          if (rows > 0) consume(i, first_row, logits.row_range(0, rows));
-        });
+    instance.transformer().evaluate_logits(ctx, instance.params(), instance.dispatcher(),
+                                           [&](std::int64_t first_row, ConstTensorView logits) {
+                                             const std::int64_t rows =
+                                                 std::min(logits.rows, tokens - first_row);
+                                             if (rows > 0)
+                                               consume(i, first_row, logits.row_range(0, rows));
+                                           });
   }
 }
 
