@@ -193,7 +193,12 @@ std::string_view find_header(const fs::path& path, std::string_view contents) {
     file_checks::fail_short(path, fmt::format("the header has {} bytes, {} of them are there",
                                               bytes, contents.size() - 8));
   }
-  return contents.substr(8, bytes);
+  const std::string_view header = contents.substr(8, bytes);
+  // The parser would take it for the end and not look at what follows.
+  const std::size_t nul = header.find('\0');
+  ARCUS_REQUIRE(nul == std::string_view::npos, ExitCode::data,
+                "{}: the header is no JSON at byte {}: a zero byte", path.string(), 8 + nul);
+  return header;
 }
 
 const TypeRow& type_row(const fs::path& path, const Entry& entry) {
