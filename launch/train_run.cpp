@@ -12,6 +12,7 @@
 
 #include "checkpoints/saver.hpp"
 #include "kernels/gradient.hpp"
+#include "launch/portable.hpp"
 #include "launch/run_folder.hpp"
 #include "launch/run_setup.hpp"
 #include "launch/signals.hpp"
@@ -241,6 +242,10 @@ void TrainRun::print_plan(const CheckedPlan& checked) const {
   const std::string changed = changed_from_defaults(config_);
   if (!changed.empty()) log_lines("configuration, other than the defaults:\n" + changed);
   for (const std::string& line : keys_without_effect(config_)) spdlog::warn("{}", line);
+  if (const std::string reason = why_not_exportable(config_, resolve_model(config_, &dataset_));
+      !reason.empty()) {
+    spdlog::warn("this model cannot be exported: {}", reason);
+  }
   log_lines(to_text(checked.plan));
   if (!checked.tight.empty()) spdlog::warn("{}", checked.tight);
   if (config_.checkpoint.background && config_.checkpoint.every > 0 && !checked.background_saves) {
