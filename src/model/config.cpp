@@ -1,9 +1,13 @@
 #include "src/model/config.hpp"
 
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <numeric>
 #include <optional>
+#include <string_view>
 #include <utility>
 
 #include "src/base/error.hpp"
@@ -19,6 +23,42 @@ void require_positive(const char* name, std::int64_t value) {
   ARCUS_REQUIRE(value > 0, ExitCode::usage, "model.{} is {}; it must be at least 1", name, value);
 }
 
+void require_one_of(const char* name, const std::string& value,
+                    std::initializer_list<std::string_view> choices) {
+  ARCUS_REQUIRE(std::find(choices.begin(), choices.end(), value) != choices.end(), ExitCode::usage,
+                "model.{} is \"{}\"; it must be one of \"{}\"", name, value,
+                fmt::join(choices, "\", \""));
+}
+
+void validate_rope(const ModelConfig& m, std::int64_t head_dim) {
+  ARCUS_REQUIRE(
+      head_dim % 2 == 0, ExitCode::usage,
+      "model.head_dim ({}) must be even (rotary embedding pairs dimensions); set it to {}",
+      head_dim, head_dim + 1);
+  ARCUS_REQUIRE(m.partial_rotary_factor > 0 && m.partial_rotary_factor <= 1, ExitCode::usage,
+                "model.partial_rotary_factor is {}; it must be in (0, 1]", m.partial_rotary_factor);
+  ARCUS_REQUIRE(static_cast<double>(head_dim) * m.partial_rotary_factor >= 2, ExitCode::usage,
+                "model.partial_rotary_factor ({}) of model.head_dim ({}) rotates no pair of "
+                "dimensions; set it to at least {}",
+                m.partial_rotary_factor, head_dim, 2.0 / static_cast<double>(head_dim));
+  ARCUS_REQUIRE(m.rope_theta > 1, ExitCode::usage, "model.rope_theta is {}; it must exceed 1",
+                m.rope_theta);
+}
+
+void validate_positions(const ModelConfig& m) {
+  require_one_of("position", m.position, {"rope", "learned", "none"});
+  const bool learned = m.position == "learned";
+  ARCUS_REQUIRE(!learned || m.max_positions > 0, ExitCode::usage,
+                "model.position is \"learned\" and model.max_positions is {}; set max_positions to "
+                "the longest sequence that the model is to see, at least train.seq_len",
+                m.max_positions);
+  ARCUS_REQUIRE(
+      learned || m.max_positions == 0, ExitCode::usage,
+      "model.max_positions is {}, but model.position \"{}\" has no table of positions; set "
+      "max_positions to 0, or position to \"learned\"",
+      m.max_positions, m.position);
+}
+
 void validate_attention(const ModelConfig& m) {
   ARCUS_REQUIRE(m.num_heads % m.num_kv_heads == 0, ExitCode::usage,
                 "model.num_heads ({}) must be a multiple of model.num_kv_heads ({}); set "
@@ -29,20 +69,9 @@ void validate_attention(const ModelConfig& m) {
                 "(e.g. {})",
                 m.hidden_size, m.num_heads, std::max<std::int64_t>(2, m.hidden_size / m.num_heads));
   const std::int64_t head_dim = m.head_dim > 0 ? m.head_dim : m.hidden_size / m.num_heads;
-  ARCUS_REQUIRE(
-      head_dim % 2 == 0, ExitCode::usage,
-      "model.head_dim ({}) must be even (rotary embedding pairs dimensions); set it to {}",
-      head_dim, head_dim + 1);
   ARCUS_REQUIRE(m.qk_norm == "none" || m.qk_norm == "head" || m.qk_norm == "full", ExitCode::usage,
                 "model.qk_norm is \"{}\"; it must be \"none\", \"head\" or \"full\"", m.qk_norm);
-  ARCUS_REQUIRE(m.partial_rotary_factor > 0 && m.partial_rotary_factor <= 1, ExitCode::usage,
-                "model.partial_rotary_factor is {}; it must be in (0, 1]", m.partial_rotary_factor);
-  ARCUS_REQUIRE(static_cast<double>(head_dim) * m.partial_rotary_factor >= 2, ExitCode::usage,
-                "model.partial_rotary_factor ({}) of model.head_dim ({}) rotates no pair of "
-                "dimensions; set it to at least {}",
-                m.partial_rotary_factor, head_dim, 2.0 / static_cast<double>(head_dim));
-  ARCUS_REQUIRE(m.rope_theta > 1, ExitCode::usage, "model.rope_theta is {}; it must exceed 1",
-                m.rope_theta);
+  if (m.position == "rope") validate_rope(m, head_dim);
 }
 
 void validate_experts(const ModelConfig& m) {
@@ -71,6 +100,9 @@ void validate(const ModelConfig& m, const RoutingConfig& r, std::optional<std::s
   require_positive("expert_ff_size", m.expert_ff_size);
   ARCUS_REQUIRE(m.norm_eps > 0, ExitCode::usage, "model.norm_eps is {}; it must be positive",
                 m.norm_eps);
+  require_one_of("norm", m.norm, {"rms", "layer"});
+  require_one_of("activation", m.activation, {"swiglu", "gelu_new", "gelu"});
+  validate_positions(m);
   validate_attention(m);
   validate_experts(m);
   find_score(r.score);
@@ -141,6 +173,13 @@ double aux_coefficient(const RoutingConfig& routing, AuxScope scope) {
 
 std::int64_t num_slots(const ModelConfig& model, const RoutingConfig& routing) {
   return find_select(routing.select).slot_per_expert ? model.num_experts : model.topk;
+}
+
+void check_positions(const ModelConfig& model, std::int64_t seq_len) {
+  ARCUS_REQUIRE(model.position != "learned" || seq_len <= model.max_positions, ExitCode::usage,
+                "train.seq_len ({}) exceeds model.max_positions ({}), the positions that the model "
+                "learns; set seq_len to at most {}, or max_positions of a new model to {}",
+                seq_len, model.max_positions, model.max_positions, seq_len);
 }
 
 ModelConfig resolve(ModelConfig model, std::int64_t data_vocab_size) {

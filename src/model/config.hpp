@@ -16,9 +16,15 @@ struct ModelConfig {
   std::int64_t head_dim = 0;     ///< 0 = hidden_size / num_heads
   std::string qk_norm = "head";  ///< "none" | "head" | "full"
   bool qkv_bias = false;
+  bool o_bias = false;
+  std::string position = "rope";   ///< "rope" | "learned" | "none"
+  std::int64_t max_positions = 0;  ///< rows of the table of learned positions
   double rope_theta = 10000;
   double partial_rotary_factor = 1;  ///< share of head_dim that is rotated
+  std::string norm = "rms";          ///< "rms" | "layer"
   double norm_eps = 1e-6;
+  std::string activation = "swiglu";  ///< "swiglu" (gated) | "gelu_new" (tanh) | "gelu" (erf)
+  bool mlp_bias = false;
   std::int64_t first_k_dense = 0;  ///< leading layers with a dense feed-forward
   std::int64_t dense_ff_size = 0;  ///< 0 = topk * expert_ff_size
   std::int64_t num_experts = 8;
@@ -94,6 +100,8 @@ std::int64_t num_slots(const ModelConfig& model, const RoutingConfig& routing);
 void validate(const ModelConfig& model, const RoutingConfig& routing);
 /// The same for the layers that overrides name, which must exist, be MoE layers and be named once.
 void validate(const ModelConfig& model, const std::vector<RoutingOverride>& overrides);
+/// Refuses (usage) sequences longer than the table of learned positions.
+void check_positions(const ModelConfig& model, std::int64_t seq_len);
 /// 0-valued "derive it" fields replaced by their values. `data_vocab_size` serves "auto".
 ModelConfig resolve(ModelConfig model, std::int64_t data_vocab_size);
 
