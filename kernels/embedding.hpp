@@ -4,15 +4,18 @@
 
 namespace arcus {
 
-/// out[t] = table[ids[t]].
+/// out[t] = table[ids[t]] (+ position_table[position[t]], rounded once).
 struct EmbeddingForward {
-  TensorView out;         ///< [T, H] compute type
-  ConstTensorView table;  ///< [V, H] compute type
-  ConstTensorView ids;    ///< [1, T] i32, 0 <= id < V
+  TensorView out;                  ///< [T, H] compute type
+  ConstTensorView table;           ///< [V, H] compute type
+  ConstTensorView ids;             ///< [1, T] i32, 0 <= id < V
+  ConstTensorView position_table;  ///< [P, H] compute type, or empty
+  ConstTensorView position;        ///< [1, T] i32, 0 <= position < P
 };
 ARCUS_DECLARE_OP(embedding_forward, EmbeddingForward)
 
-/// Leaf per vocabulary row: its tokens' gradients added in token order in f32 (f64 for f64).
+/// Leaf per row of a table, of the vocabulary or of positions: its tokens' gradients added in token
+/// order in f32 (f64 for f64).
 struct EmbeddingBackward {
   GradientSum dtable;    ///< [V, H]
   ConstTensorView dout;  ///< [T, H]

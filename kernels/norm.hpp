@@ -30,4 +30,29 @@ struct RmsNormBackward {
 };
 ARCUS_DECLARE_OP(rmsnorm_backward, RmsNormBackward)
 
+/// y = (x - mean) * inv_std * gain + bias over whole rows, inv_std = 1 / sqrt(variance + eps), the
+/// variance being the mean of (x - mean)^2.
+struct LayerNormForward {
+  TensorView y;              ///< [T, C], may be x itself
+  TensorView mean, inv_std;  ///< [T, 1] accumulate type, out; rows may be strided
+  ConstTensorView x;         ///< [T, C] compute type
+  ConstTensorView gain;      ///< [1, C] accumulate type
+  ConstTensorView bias;      ///< [1, C]
+  double eps = 1e-5;
+};
+ARCUS_DECLARE_OP(layernorm_forward, LayerNormForward)
+
+/// As rmsnorm_backward; the bias's leaf is summed as the gain's.
+struct LayerNormBackward {
+  TensorView dx;             ///< [T, C], may be dy itself
+  GradientSum dgain, dbias;  ///< [1, C]; sum == nullptr: not wanted
+  ConstTensorView dy;        ///< [T, C] compute type
+  ConstTensorView residual;  ///< [T, C] added to dx, or empty
+  ConstTensorView x;         ///< [T, C]
+  ConstTensorView mean, inv_std;
+  ConstTensorView gain;
+  std::int64_t micro_batch = 0;
+};
+ARCUS_DECLARE_OP(layernorm_backward, LayerNormBackward)
+
 }  // namespace arcus

@@ -18,6 +18,7 @@
 #include "launch/bench_experts.hpp"
 #include "src/base/error.hpp"
 #include "src/base/rng.hpp"
+#include "src/model/dense_ffn.hpp"
 
 namespace arcus {
 namespace {
@@ -296,7 +297,7 @@ void bench_overlap(Session& session, const BenchOptions& options, Exchange& exch
                    std::int64_t tokens) {
   constexpr std::int64_t kRows = 64;  // a piece of a fifth of a millisecond or so between polls
   const ModelConfig& model = options.config.model;
-  BenchedExperts experts(session.stream(), {model.hidden_size, model.expert_ff_size},
+  BenchedExperts experts(session.stream(), ffn_shape(model, model.expert_ff_size),
                          dtype_from_name(options.config.train.dtype), 1, kRows);
   struct Way {
     const char* name;

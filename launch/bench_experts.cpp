@@ -27,20 +27,26 @@ BenchedExperts::BenchedExperts(Stream& stream, FfnShape shape, DType dtype, std:
   }
   const std::int64_t h = shape.hidden_size;
   const std::int64_t f = shape.ff_size;
+  const std::int64_t u = shape.gate_up_size();
   const std::int64_t r = experts * rows;
   const std::int64_t rp = experts * padded_rows(rows);
   const DType acc = accumulate_dtype(dtype);
-  weights_ = arena_.allocate(dtype, experts * 3 * f, h);
+  weights_ = arena_.allocate(dtype, experts * (u + f), h);
   x_ = arena_.allocate(dtype, r + kWgradRowPadding, h);
   for (TensorView* view : {&y_, &dout_, &dx_}) *view = arena_.allocate(dtype, r, h);
   dy_ = arena_.allocate(dtype, rp, h, ffn_row_stride(h));
   for (TensorView* view : {&gate_up_, &dgate_up_}) {
-    *view = arena_.allocate(dtype, rp, 2 * f, ffn_row_stride(2 * f));
+    *view = arena_.allocate(dtype, rp, u, ffn_row_stride(u));
   }
   act_ = arena_.allocate(dtype, rp, f, ffn_row_stride(f));
   row_weight_ = arena_.allocate(acc, 1, r);
   drow_weight_ = arena_.allocate(acc, 1, r);
-  sums_ = arena_.allocate(DType::i64, experts * 3 * f, h);
+  sums_ = arena_.allocate(DType::i64, experts * (u + f), h);
+  if (shape.bias) {
+    biases_ = arena_.allocate(acc, experts, u + h);
+    bias_sums_ = arena_.allocate(DType::i64, experts, u + h);
+    fill(biases_, 0.02F);
+  }
   fill(weights_, 0.02F);
   fill(x_, 1);
   fill(dout_, 1e-3F);
@@ -74,12 +80,23 @@ void BenchedExperts::backward() {
 }
 
 void BenchedExperts::weight_gradient(DType sum_dtype) {
-  const std::int64_t matrix = shape_.hidden_size * shape_.ff_size;
-  const GradientSum sum{.sum = sums_.data, .dtype = sum_dtype, .limit = 64, .flag = &flag_};
-  ffn_wgrad(stream_, {.dgate = sum,
-                      .dup = sum.at(matrix),
-                      .ddown = sum.at(2 * matrix),
-                      .expert_stride = 3 * matrix,
+  const std::int64_t gate = shape_.gated() ? shape_.ff_size : 0;
+  const auto sums = [&](const TensorView& memory) {
+    return GradientSum{.sum = memory.data, .dtype = sum_dtype, .limit = 64, .flag = &flag_};
+  };
+  const auto part = [](const GradientSum& sum, std::int64_t at) {
+    return sum.sum == nullptr ? sum : sum.at(at);
+  };
+  const GradientSum sum = sums(sums_);
+  const GradientSum bias = sums(bias_sums_);
+  ffn_wgrad(stream_, {.dgate = gate > 0 ? sum : GradientSum(),
+                      .dup = sum.at(gate * shape_.hidden_size),
+                      .ddown = sum.at(shape_.gate_up_size() * shape_.hidden_size),
+                      .expert_stride = shape_.weight_elements(),
+                      .dgate_bias = gate > 0 ? bias : GradientSum(),
+                      .dup_bias = part(bias, gate),
+                      .ddown_bias = part(bias, shape_.gate_up_size()),
+                      .bias_stride = bias_sums_.cols,
                       .x = x_,
                       .act = act_,
                       .dy = dy_,
@@ -89,22 +106,28 @@ void BenchedExperts::weight_gradient(DType sum_dtype) {
 }
 
 double BenchedExperts::flops() const {
-  return 6.0 * static_cast<double>(shape_.hidden_size * shape_.ff_size * experts_ * rows_);
+  return 2.0 * static_cast<double>(shape_.weight_elements() * experts_ * rows_);
 }
 
 FfnWeights BenchedExperts::weights() const {
   const std::int64_t h = shape_.hidden_size;
   const std::int64_t f = shape_.ff_size;
-  return {.gate_up = weights_.row_range(0, 2 * f),
-          .down = {weights_.row_range(2 * f, h).data, weights_.dtype, h, f},
-          .expert_stride = 3 * f * h};
+  const std::int64_t u = shape_.gate_up_size();
+  FfnWeights weights{.gate_up = weights_.row_range(0, u),
+                     .down = {weights_.row_range(u, h).data, weights_.dtype, h, f},
+                     .expert_stride = shape_.weight_elements()};
+  if (!shape_.bias) return weights;
+  weights.gate_up_bias = biases_.row_range(0, 1).col_range(0, u);
+  weights.down_bias = biases_.row_range(0, 1).col_range(u, h);
+  weights.bias_stride = biases_.cols;
+  return weights;
 }
 
 /// More than enough address space; untouched pages cost nothing.
 std::int64_t BenchedExperts::bytes() const {
   const std::int64_t width = shape_.hidden_size + shape_.ff_size;
   return experts_ * (padded_rows(rows_) + kWgradRowPadding) * width * 64 +
-         experts_ * shape_.hidden_size * shape_.ff_size * 64 + (std::int64_t{1} << 24);
+         experts_ * (shape_.hidden_size * shape_.ff_size + width) * 64 + (std::int64_t{1} << 24);
 }
 
 }  // namespace arcus

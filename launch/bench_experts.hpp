@@ -34,7 +34,7 @@ class BenchedExperts {
   std::vector<Segment> segments_;
   BadLeafFlag flag_{kNoBadLeaf};
   TensorView weights_, x_, y_, dout_, dx_, dy_, gate_up_, dgate_up_, act_, row_weight_,
-      drow_weight_, sums_;
+      drow_weight_, sums_, biases_, bias_sums_;
 };
 
 }  // namespace arcus

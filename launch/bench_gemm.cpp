@@ -7,6 +7,7 @@
 #include "launch/bench.hpp"
 #include "launch/bench_experts.hpp"
 #include "launch/threads.hpp"
+#include "src/model/dense_ffn.hpp"
 
 namespace arcus {
 namespace {
@@ -21,7 +22,7 @@ std::vector<std::int64_t> segment_rows(const Config& config) {
 void bench_rows(Session& session, Stream& stream, const BenchOptions& options, DType dtype,
                 std::int64_t rows) {
   const ModelConfig& model = options.config.model;
-  BenchedExperts ffn(stream, {model.hidden_size, model.expert_ff_size}, dtype, model.num_experts,
+  BenchedExperts ffn(stream, ffn_shape(model, model.expert_ff_size), dtype, model.num_experts,
                      rows);
   // All passes once, so that each has the buffers that it reads.
   ffn.forward();

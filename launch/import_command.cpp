@@ -44,6 +44,7 @@ Config imported_config(const PortableModel& model, const Arguments& arguments) {
   Config config;
   config.model = model.model;
   config.routing = model.routing;
+  config.model.max_positions = model.context_length;
   config.run.dir = arguments.out;
   constexpr std::int64_t kUsualLength = 2048;
   config.train.seq_len =

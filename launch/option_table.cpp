@@ -167,6 +167,17 @@ Section model_section() {
        option("qk_norm", &C::qk_norm, "RMSNorm of queries and keys: per head or over all",
               one_of({"none", "head", "full"})),
        option("qkv_bias", &C::qkv_bias, "biases in the query, key and value projections"),
+       option("o_bias", &C::o_bias, "a bias in the projection of attention's output"),
+       option(
+           "position", &C::position,
+           "how attention knows places: rotated queries and keys, a learned vector a place added "
+           "to the embedding, or not at all",
+           one_of({"rope", "learned", "none"})),
+       option("max_positions", &C::max_positions,
+              "longest text, in tokens, at least train.seq_len; needed for learned positions, else "
+              "0 = "
+              "train.seq_len, and what exported files say",
+              size_of_at_least(0)),
        option("rope_theta", &C::rope_theta, "base of the rotary position angles", above(1)),
        option("partial_rotary_factor", &C::partial_rotary_factor,
               "share of head_dim that is rotated", above_up_to(0, 1)),
@@ -180,7 +191,15 @@ Section model_section() {
               above(0)),
        option("rope_original_context", &C::rope_original_context,
               "llama3: the original length, in tokens", size_of_at_least(1)),
-       option("norm_eps", &C::norm_eps, "added to the mean square in RMSNorm", above(0)),
+       option("norm", &C::norm, "RMSNorm, or LayerNorm with gain and bias, before every part",
+              one_of({"rms", "layer"})),
+       option("norm_eps", &C::norm_eps, "added to the mean square (LayerNorm: the variance)",
+              above(0)),
+       option("activation", &C::activation,
+              "feed-forwards: down(silu(gate x) * up x), or down(gelu(up x)) with gelu's tanh form "
+              "(as in GPT-2) or its exact one",
+              one_of({"swiglu", "gelu_new", "gelu"})),
+       option("mlp_bias", &C::mlp_bias, "biases in all feed-forwards, experts' too"),
        option("first_k_dense", &C::first_k_dense,
               "leading layers with a dense feed-forward instead of experts", size_of_at_least(0)),
        option("dense_ff_size", &C::dense_ff_size,

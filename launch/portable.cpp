@@ -1,5 +1,7 @@
 #include "launch/portable.hpp"
 
+#include <algorithm>
+
 #include "src/base/error.hpp"
 
 namespace arcus {
@@ -7,7 +9,7 @@ PortableModel portable_model(const Config& config, const ModelConfig& resolved) 
   return {.model = resolved,
           .routing = config.routing,
           .overrides = resolve_overrides(config),
-          .context_length = config.train.seq_len};
+          .context_length = std::max(resolved.max_positions, config.train.seq_len)};
 }
 
 std::string why_not_exportable(const Config& config, const ModelConfig& resolved) {

@@ -260,8 +260,8 @@ void TrainRun::print_plan(const CheckedPlan& checked) const {
 
 void TrainRun::build() {
   const TrainerOptions options = trainer_options(config_, resolve_model(config_, &dataset_));
-  fingerprint_ = check_fingerprints(session_.comm(), *stream_, dtype_from_name(options.train.dtype),
-                                    options.reproducible);
+  fingerprint_ = check_fingerprints(session_.comm(), *stream_, options.model,
+                                    dtype_from_name(options.train.dtype), options.reproducible);
   const int ep_size =
       resolve_ep_size(config_.parallel.ep_size, session_.comm().size(), config_.model.num_experts);
   instance_ = std::make_unique<ModelInstance>(make_process_groups(session_.comm(), ep_size),

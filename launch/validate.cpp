@@ -46,7 +46,8 @@ void validate_sizes(const Config& config) {
   const double experts =
       3 * d(m.hidden_size) * d(m.expert_ff_size) * (d(m.num_experts) + d(m.num_shared_experts));
   const double parameters =
-      d(m.vocab_size) * d(m.hidden_size) + d(m.num_layers) * (attention + experts);
+      (d(m.vocab_size) + (m.position == "learned" ? d(m.max_positions) : 0)) * d(m.hidden_size) +
+      d(m.num_layers) * (attention + experts);
   constexpr double kMostParameters = 1e15;
   ARCUS_REQUIRE(parameters < kMostParameters, ExitCode::usage,
                 "the model would have {:.1e} parameters; lower model.hidden_size ({}), "
@@ -136,6 +137,7 @@ void validate(const Config& config) {
   validate_groups(config.groups);
   validate_domains(config.data.domains);
   validate_sizes(config);
+  check_positions(config.model, config.train.seq_len);
   validate_capacity(config, config.routing);
   for (const RoutingOverride& o : resolve_overrides(config)) {
     validate_capacity(config, o.with.routing);

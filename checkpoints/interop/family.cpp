@@ -124,6 +124,11 @@ bool same_in_evaluation(const LayerRouting& a, const LayerRouting& b) {
 void check_any_family(const PortableModel& p, Rules& rules) {
   const ModelConfig& m = p.model;
   const RoutingConfig& r = p.routing;
+  rules.require(m.norm == "rms", "model.norm", m.norm, "rms");
+  rules.require(m.activation == "swiglu", "model.activation", m.activation, "swiglu");
+  rules.require(m.position == "rope", "model.position", m.position, "rope");
+  rules.require(!m.mlp_bias, "model.mlp_bias", m.mlp_bias, false);
+  rules.require(!m.o_bias, "model.o_bias", m.o_bias, false);
   // In evaluation these take the topk largest scores.
   const bool takes_largest =
       r.select == "topk" || r.select == "second_sampled" || r.select == "sinkhorn";
@@ -273,7 +278,11 @@ const Family& choose_family(const PortableModel& model, Target target) {
     }
   }
   std::string other;
-  if (target == Target::hf) {
+  if (model.model.norm == "layer" || model.model.activation != "swiglu") {
+    other =
+        "; no inference engine has a mixture of experts with blocks of this shape (GPT-2's), so "
+        "such a model can be trained and evaluated here, not exported";
+  } else if (target == Target::hf) {
     const Family& universal = find_exported_family("glm4_moe");
     if (misfits(model, universal, Target::gguf).empty()) {
       other = "; as GGUF (--to gguf) it can be written as it is";

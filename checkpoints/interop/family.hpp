@@ -19,7 +19,7 @@ struct PortableModel {
 };
 
 /// How a family spells the tensors of a Hugging Face directory.
-enum class Spelling { llama, mixtral, bailing };
+enum class Spelling { llama, mixtral, bailing, gpt2 };
 
 /// Files of which program.
 enum class Target { hf, gguf };

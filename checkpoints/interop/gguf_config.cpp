@@ -138,7 +138,9 @@ void read_attention(ArchKeys& keys, const GgufFile& file, DescribedModel& d) {
   m.head_dim = keys.integer("attention.key_length", m.hidden_size / m.num_heads);
   keys.refuse_unless(keys.integer("attention.value_length", m.head_dim) == m.head_dim,
                      "attention.value_length", "it must equal attention.key_length");
-  m.norm_eps = keys.number("attention.layer_norm_rms_epsilon");
+  const bool gpt2 = d.family->spelling == Spelling::gpt2;
+  m.norm_eps =
+      keys.number(gpt2 ? "attention.layer_norm_epsilon" : "attention.layer_norm_rms_epsilon");
   m.rope_theta = keys.number("rope.freq_base", 10000.0);
   const std::int64_t rotated = keys.integer("rope.dimension_count", m.head_dim);
   m.partial_rotary_factor =
@@ -162,6 +164,13 @@ void read_attention(ArchKeys& keys, const GgufFile& file, DescribedModel& d) {
                 m.vocab_size);
   const auto has = [&](const char* name) { return file.find(name) != nullptr; };
   m.tie_embeddings = !has("output.weight");
+  if (gpt2) {
+    m.norm = "layer";
+    m.position = "learned";
+    m.activation = "gelu_new";
+    m.max_positions = d.model.context_length;
+    m.o_bias = m.mlp_bias = true;
+  }
   m.qkv_bias = has("blk.0.attn_q.bias") || has("blk.0.attn_qkv.bias");
   m.qk_norm = std::string(d.family->qk_norm);
   if (m.qk_norm == "any") m.qk_norm = has("blk.0.attn_q_norm.weight") ? "head" : "none";

@@ -210,10 +210,42 @@ void read_attention(Keys& keys, const Family& f, DescribedModel& d) {
     keys.refuse_unless(!keys.flag("use_bias", false), "use_bias",
                        "biases of the other linear layers are not read");
   } else {
-    keys.refuse_unless(!keys.flag("attention_bias", false), "attention_bias",
-                       "a bias of the output projection comes with it");
+    // A bias of the output projection comes with it.
+    m.qkv_bias = m.o_bias = keys.flag("attention_bias", false);
+    keys.refuse_unless(!m.o_bias || f.name == "llama" || f.name == "qwen3" ||
+                           f.name == "qwen3_moe" || f.name == "olmoe",
+                       "attention_bias", "this family has none");
   }
-  keys.refuse_unless(!keys.flag("mlp_bias", false), "mlp_bias", "");
+  m.mlp_bias = keys.flag("mlp_bias", false);
+  keys.refuse_unless(!m.mlp_bias || f.name == "llama", "mlp_bias", "this family has none");
+}
+
+/// GPT-2's names for sizes, and its blocks.
+void read_gpt2(Keys& keys, DescribedModel& d) {
+  ModelConfig& m = d.model.model;
+  m.hidden_size = keys.integer("n_embd");
+  m.num_layers = keys.integer("n_layer");
+  m.num_heads = keys.integer("n_head");
+  keys.require(m.num_heads > 0, "n_head", "at least 1");
+  m.num_kv_heads = m.num_heads;
+  m.head_dim = m.hidden_size / m.num_heads;
+  m.dense_ff_size = keys.integer("n_inner", 4 * m.hidden_size);
+  m.vocab_size = keys.integer("vocab_size");
+  m.max_positions = keys.integer("n_positions", keys.integer("n_ctx", 1024));
+  d.model.context_length = m.max_positions;
+  m.norm_eps = keys.number("layer_norm_epsilon", 1e-5);
+  m.tie_embeddings = keys.flag("tie_word_embeddings", true);
+  const std::string activation = keys.text("activation_function", "gelu_new");
+  keys.refuse_unless(
+      activation == "gelu_new" || activation == "gelu_pytorch_tanh" || activation == "gelu",
+      "activation_function", "gelu and its tanh form are");
+  m.activation = activation == "gelu" ? "gelu" : "gelu_new";
+  m.norm = "layer";
+  m.position = "learned";
+  m.qk_norm = "none";
+  m.qkv_bias = m.o_bias = m.mlp_bias = true;
+  keys.refuse_unless(keys.flag("scale_attn_weights", true), "scale_attn_weights", "");
+  keys.refuse_unless(!keys.flag("add_cross_attention", false), "add_cross_attention", "");
 }
 
 /// What Arcus does not do, whatever the family: refused where it is on.
@@ -338,13 +370,18 @@ DescribedModel read_hf_config(std::string_view text, const std::string& source,
   Keys keys(parse_json_object(text, source), source);
   DescribedModel d;
   d.family = &find_family(keys);
-  read_attention(keys, *d.family, d);
+  const bool gpt2 = d.family->spelling == Spelling::gpt2;
+  if (gpt2) {
+    read_gpt2(keys, d);
+  } else {
+    read_attention(keys, *d.family, d);
+  }
   ModelConfig& m = d.model.model;
   if (d.family->experts) {
     read_experts(keys, *d.family, d);
   } else {
     m.first_k_dense = m.num_layers;
-    m.dense_ff_size = keys.integer("intermediate_size");
+    if (!gpt2) m.dense_ff_size = keys.integer("intermediate_size");
     // No layer uses them; sizes of what upcycling would make.
     m.expert_ff_size = m.dense_ff_size;
     m.num_experts = 2;

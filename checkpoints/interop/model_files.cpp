@@ -140,7 +140,8 @@ HfSpelling ModelFiles::find_spelling() const {
     return std::ranges::any_of(
         found_, [&](const auto& entry) { return entry.first.find(part) != std::string::npos; });
   };
-  if (!any("model.")) spelling.prefix.clear();
+  if (described_.family->spelling == Spelling::gpt2) spelling.prefix = "transformer.";
+  if (!any(spelling.prefix)) spelling.prefix.clear();
   spelling.fused_experts = any(".experts.gate_up_proj");
   if (described_.family->spelling == Spelling::mixtral) {
     if (!any("block_sparse_moe.")) spelling.moe_folder = "mlp.";
@@ -160,6 +161,8 @@ void ModelFiles::leave_out(const std::vector<PlannedTensor>& plan) {
     const std::string& name = entry.first;
     if (planned.contains(name)) return false;
     if (name.ends_with("rotary_emb.inv_freq")) return true;
+    const bool mask = name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias");
+    if (mask && described_.family->spelling == Spelling::gpt2) return true;
     const bool behind = may_predict && layer_in(name) >= described_.model.model.num_layers;
     left += behind ? 1 : 0;
     return behind;
@@ -182,7 +185,7 @@ void ModelFiles::check_tied_head() {
   if (!m.tie_embeddings || head == found_.end()) return;
   const auto embedding = std::ranges::find_if(found_, [](const auto& entry) {
     return entry.first.ends_with("embed_tokens.weight") ||
-           entry.first.ends_with("word_embeddings.weight");
+           entry.first.ends_with("word_embeddings.weight") || entry.first.ends_with("wte.weight");
   });
   const auto bytes = [](const auto& entry) {
     return entry->second.first->bytes(*entry->second.second);
@@ -201,7 +204,7 @@ void ModelFiles::place(const std::vector<PlannedTensor>& plan) {
   std::vector<std::string> missing;
   for (const PlannedTensor& planned : plan) {
     const auto found = found_.find(planned.name);
-    Place at{.paired_head_dim = planned.paired_head_dim};
+    Place at{.paired_head_dim = planned.paired_head_dim, .transposed = planned.transposed};
     if (found != found_.end()) {
       at.file = found->second.first;
       at.tensor = found->second.second;
@@ -242,12 +245,27 @@ void ModelFiles::read(const ModelUnit& unit, std::span<float> out) const {
     std::ranges::fill(out, 0.0F);
     return;
   }
+  const TensorSpec& spec = spec_of_.at(unit.tensor);
+  if (at.transposed) return read_transposed(at, spec.cols(), out);
   at.file->read(*at.tensor, at.begin, out);
   if (at.paired_head_dim == 0) return;
-  const TensorSpec& spec = spec_of_.at(unit.tensor);
   std::vector<float> values(out.begin(), out.end());
   unpair_rows(at.paired_head_dim, spec.cols(), values);
   std::ranges::copy(values, out.begin());
+}
+
+/// out [rows, cols] from the columns of [cols, all rows] that begin at `at`.
+void ModelFiles::read_transposed(const Place& at, std::int64_t cols, std::span<float> out) const {
+  const std::int64_t all_rows = at.tensor->num_elements() / cols;
+  const std::int64_t rows = std::ssize(out) / cols;
+  const std::int64_t first_row = at.begin / cols;
+  std::vector<float> line(static_cast<std::size_t>(rows));
+  for (std::int64_t col = 0; col < cols; ++col) {
+    at.file->read(*at.tensor, col * all_rows + first_row, line);
+    for (std::int64_t row = 0; row < rows; ++row) {
+      out[static_cast<std::size_t>(row * cols + col)] = line[static_cast<std::size_t>(row)];
+    }
+  }
 }
 
 void ModelFiles::read(std::span<const StateView> views) const {

@@ -48,7 +48,9 @@ class ModelFiles {
     const FileTensor* tensor = nullptr;  ///< null: zeros
     std::int64_t begin = 0;              ///< first element in it
     std::int64_t paired_head_dim = 0;
+    bool transposed = false;
   };
+  void read_transposed(const Place& at, std::int64_t cols, std::span<float> out) const;
   void open_directory(const std::filesystem::path& path, const std::set<std::string>& ignored);
   void open_gguf(const std::filesystem::path& path, const std::set<std::string>& ignored);
   void collect_tensors();

@@ -124,6 +124,7 @@ class HfPlanner : Planner {
     project("k_proj", kv_size());
     project("v_proj", kv_size());
     add(to + "o_proj.weight", {h, q_size()}, {{from + "o_proj.weight"}});
+    if (m_.o_bias) add_f32(to + "o_proj.bias", {h}, {{from + "o_proj.bias"}});
     if (m_.qk_norm == "none") return;
     add_f32(to + "q_norm.weight", {norm_size(q_size())}, {{from + "q_norm.weight"}});
     add_f32(to + "k_norm.weight", {norm_size(kv_size())}, {{from + "k_norm.weight"}});
@@ -146,9 +147,13 @@ class HfPlanner : Planner {
 
   void add_ffn(const std::string& from, const std::string& to, std::int64_t ff) {
     const std::int64_t h = m_.hidden_size;
-    add(to + "gate_proj.weight", {ff, h}, {{from + "gate_proj.weight"}});
-    add(to + "up_proj.weight", {ff, h}, {{from + "up_proj.weight"}});
-    add(to + "down_proj.weight", {h, ff}, {{from + "down_proj.weight"}});
+    const auto project = [&](const std::string& name, std::int64_t out, std::int64_t in) {
+      add(to + name + ".weight", {out, in}, {{from + name + ".weight"}});
+      if (m_.mlp_bias) add_f32(to + name + ".bias", {out}, {{from + name + ".bias"}});
+    };
+    project("gate_proj", ff, h);
+    project("up_proj", ff, h);
+    project("down_proj", h, ff);
   }
 
   void add_moe(std::int64_t layer, const std::string& from, const std::string& to) {
@@ -299,6 +304,76 @@ class GgufPlanner : Planner {
   }
 };
 
+/// GPT-2, dense: its tensors are the same in both kinds of file but for their names, and that
+/// Hugging Face has [in, out].
+class Gpt2Planner : Planner {
+ public:
+  struct Names {
+    const char *embedding, *positions, *layer, *norm1, *qkv, *out, *norm2, *up, *down, *last_norm;
+    const char* head;
+    bool transposed;
+  };
+  Gpt2Planner(const PortableModel& portable, const Family& family, const Names& names,
+              std::string prefix)
+      : Planner(portable, family), names_(names), prefix_(std::move(prefix)) {}
+
+  std::vector<PlannedTensor> plan() {
+    const std::int64_t h = m_.hidden_size;
+    add(prefix_ + names_.embedding, {m_.vocab_size, h}, {{"model.embed_tokens.weight"}});
+    add(prefix_ + names_.positions, {m_.max_positions, h}, {{"model.embed_positions.weight"}});
+    for (std::int64_t l = 0; l < m_.num_layers; ++l) {
+      const std::string from = layer_of(l);
+      const std::string to = fmt::format("{}{}.{}.", prefix_, names_.layer, l);
+      add_norm(to + names_.norm1, from + "input_layernorm");
+      add_qkv(to + names_.qkv, from + "self_attn.");
+      add_linear(to + names_.out, from + "self_attn.o_proj", h, q_size());
+      add_norm(to + names_.norm2, from + "post_attention_layernorm");
+      add_linear(to + names_.up, from + "mlp.up_proj", m_.dense_ff_size, h);
+      add_linear(to + names_.down, from + "mlp.down_proj", h, m_.dense_ff_size);
+    }
+    add_norm(prefix_ + names_.last_norm, "model.norm");
+    if (!m_.tie_embeddings) add(names_.head, {m_.vocab_size, h}, {{"lm_head.weight"}});
+    return take();
+  }
+
+ private:
+  void add_norm(const std::string& to, const std::string& from) {
+    add_f32(to + ".weight", {m_.hidden_size}, {{from + ".weight"}});
+    add_f32(to + ".bias", {m_.hidden_size}, {{from + ".bias"}});
+  }
+  void add_weight(const std::string& to, std::int64_t out, std::int64_t in,
+                  std::vector<ModelUnit> pieces) {
+    const bool transposed = names_.transposed;
+    add(to, transposed ? std::vector{in, out} : std::vector{out, in}, std::move(pieces))
+        .transposed = transposed;
+  }
+  void add_linear(const std::string& to, const std::string& from, std::int64_t out,
+                  std::int64_t in) {
+    add_weight(to + ".weight", out, in, {{from + ".weight"}});
+    add_f32(to + ".bias", {out}, {{from + ".bias"}});
+  }
+  void add_qkv(const std::string& to, const std::string& from) {
+    const auto parts = [&](const char* kind) {
+      return std::vector<ModelUnit>{
+          {from + "q_proj." + kind}, {from + "k_proj." + kind}, {from + "v_proj." + kind}};
+    };
+    const std::int64_t all = q_size() + 2 * kv_size();
+    add_weight(to + ".weight", all, m_.hidden_size, parts("weight"));
+    add_f32(to + ".bias", {all}, parts("bias"));
+  }
+
+  Names names_;
+  std::string prefix_;
+};
+
+constexpr Gpt2Planner::Names kGpt2Hf{
+    "wte.weight", "wpe.weight", "h",          "ln_1", "attn.c_attn",    "attn.c_proj",
+    "ln_2",       "mlp.c_fc",   "mlp.c_proj", "ln_f", "lm_head.weight", true};
+constexpr Gpt2Planner::Names kGpt2Gguf{
+    "token_embd.weight", "position_embd.weight", "blk",           "attn_norm",
+    "attn_qkv",          "attn_output",          "ffn_norm",      "ffn_up",
+    "ffn_down",          "output_norm",          "output.weight", false};
+
 void reorder_rows(std::int64_t head_dim, std::int64_t cols, std::vector<float>& values,
                   const std::function<std::int64_t(std::int64_t)>& source_of) {
   const std::vector<float> before = values;
@@ -339,10 +414,14 @@ std::vector<TensorSpec> portable_tensors(const PortableModel& portable) {
 
 std::vector<PlannedTensor> hf_tensors(const PortableModel& model, const Family& family,
                                       const HfSpelling& spelling) {
+  if (family.spelling == Spelling::gpt2) {
+    return Gpt2Planner(model, family, kGpt2Hf, spelling.prefix).plan();
+  }
   return HfPlanner(model, family, spelling).plan();
 }
 
 std::vector<PlannedTensor> gguf_tensors(const PortableModel& model, const Family& family) {
+  if (family.spelling == Spelling::gpt2) return Gpt2Planner(model, family, kGpt2Gguf, "").plan();
   return GgufPlanner(model, family).plan();
 }
 

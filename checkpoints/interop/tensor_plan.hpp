@@ -26,6 +26,7 @@ struct PlannedTensor {
   /// > 0: rows of each head of so many dimensions stand in pairs (GGUF's arch llama) instead of
   /// half after half.
   std::int64_t paired_head_dim = 0;
+  bool transposed = false;     ///< the file has [in, out]
   bool may_be_absent = false;  ///< from a file: its units are zeros then
   bool shift_to_zero =
       false;  ///< to a file: minus its least number (the choice of experts is the same)

@@ -6,6 +6,7 @@
 
 #include "kernels/cpu/leaf.hpp"
 #include "kernels/cpu/parallel.hpp"
+#include "kernels/cpu/rows.hpp"
 
 namespace arcus::cpu {
 namespace {
@@ -17,6 +18,18 @@ constexpr std::int64_t kColumnChunk = 512;  ///< columns whose sums stand on the
 std::int32_t checked(std::int32_t id, std::int64_t vocab_size) {
   ARCUS_CHECK(id >= 0 && id < vocab_size, "token id {} of a vocabulary of {}", id, vocab_size);
   return id;
+}
+
+template <class T>
+void add_position(T* out, const EmbeddingForward& args, std::int32_t position) {
+  using A = Acc<T>;
+  ARCUS_CHECK(position >= 0 && position < args.position_table.rows, "position {} of {}", position,
+              args.position_table.rows);
+  const T* row = args.position_table.row<T>(position);
+#pragma omp simd
+  for (std::int64_t i = 0; i < args.out.cols; ++i) {
+    store(out[i], static_cast<A>(out[i]) + static_cast<A>(row[i]));
+  }
 }
 
 /// Tokens sorted by id, equal ids in token order: those of `id` are
@@ -70,12 +83,21 @@ void embedding_forward(Stream& stream, const EmbeddingForward& args) {
   ARCUS_CHECK(args.out.cols == args.table.cols && args.out.dtype == args.table.dtype,
               "embedding: rows of {} {} from a table of {} {}", args.out.cols,
               name_of(args.out.dtype), args.table.cols, name_of(args.table.dtype));
+  const bool positions = !args.position_table.empty();
+  ARCUS_CHECK(!positions || (args.position_table.cols == args.out.cols &&
+                             args.position_table.dtype == args.out.dtype &&
+                             args.position.cols == args.out.rows),
+              "embedding: {} rows of {} {} and {} positions of {} {}", args.out.rows, args.out.cols,
+              name_of(args.out.dtype), args.position.cols, args.position_table.cols,
+              name_of(args.position_table.dtype));
   const auto* ids = args.ids.as<std::int32_t>();
+  const auto* position = positions ? args.position.as<std::int32_t>() : nullptr;
   dispatch_compute(args.out.dtype, [&]<class T>() {
     parallel_rows(stream, args.out.rows, kRowGrain, [&](std::int64_t begin, std::int64_t end, int) {
       for (std::int64_t t = begin; t < end; ++t) {
         const T* row = args.table.row<T>(checked(ids[t], args.table.rows));
         std::copy(row, row + args.out.cols, args.out.row<T>(t));
+        if (positions) add_position(args.out.row<T>(t), args, position[t]);
       }
     });
   });

@@ -2,13 +2,13 @@
 
 #include <algorithm>
 #include <array>
-#include <cstring>
 
+#include "kernels/cpu/activation.hpp"
 #include "kernels/cpu/few_rows.hpp"
 #include "kernels/cpu/gemm_tiles.hpp"
-#include "kernels/cpu/math.hpp"
 #include "kernels/cpu/parallel.hpp"
 #include "kernels/cpu/rows.hpp"
+#include "kernels/cpu/segments.hpp"
 
 namespace arcus {
 
@@ -18,24 +18,27 @@ std::vector<GemmShape> ffn_gemm_shapes(const FfnShape& shape, DType compute, std
                                        bool training) {
   const std::int64_t hidden = shape.hidden_size;
   const std::int64_t width = shape.ff_size;
-  const GemmShape gate_up{.kind = GemmKind::forward,
-                          .dtype = compute,
-                          .result_dtype = compute,
-                          .out = 2 * width,
-                          .in = hidden,
-                          .x_stride = hidden,
-                          .y_stride = ffn_row_stride(2 * width),
-                          .max_rows = max_rows};
-  const GemmShape down{.kind = GemmKind::forward,
-                       .dtype = compute,
-                       .result_dtype = compute,
-                       .out = hidden,
-                       .in = width,
-                       .x_stride = ffn_row_stride(width),
-                       .y_stride = hidden,
-                       .max_rows = max_rows};
+  GemmShape gate_up{.kind = GemmKind::forward,
+                    .dtype = compute,
+                    .result_dtype = compute,
+                    .out = shape.gate_up_size(),
+                    .in = hidden,
+                    .x_stride = hidden,
+                    .y_stride = ffn_row_stride(shape.gate_up_size()),
+                    .max_rows = max_rows,
+                    .bias = shape.bias};
+  GemmShape down{.kind = GemmKind::forward,
+                 .dtype = compute,
+                 .result_dtype = compute,
+                 .out = hidden,
+                 .in = width,
+                 .x_stride = ffn_row_stride(width),
+                 .y_stride = hidden,
+                 .max_rows = max_rows,
+                 .bias = shape.bias};
   std::vector<GemmShape> shapes = {gate_up, down};
   if (!training) return shapes;
+  gate_up.bias = down.bias = false;
   GemmShape dact = down;
   dact.kind = GemmKind::dgrad;
   dact.result_dtype = accumulate_dtype(compute);
@@ -43,7 +46,7 @@ std::vector<GemmShape> ffn_gemm_shapes(const FfnShape& shape, DType compute, std
   dact.x_stride = width;
   GemmShape dx = gate_up;
   dx.kind = GemmKind::dgrad;
-  GemmShape dgate = gate_up;  // dup is its twin
+  GemmShape dgate = gate_up;  // dup is its twin, or all there is
   dgate.kind = GemmKind::ffn_wgrad;
   dgate.out = width;
   GemmShape ddown = down;
@@ -89,48 +92,34 @@ std::span<const RowTile> make_row_tiles(Stream& stream, std::span<const Segment>
 std::int64_t ffn_tile_height(DType compute, const FfnShape& shape) {
   const std::int64_t hidden = shape.hidden_size;
   const std::int64_t width = shape.ff_size;
-  return std::max({row_tile_height(compute, 2 * width, hidden),
-                   row_tile_height(compute, hidden, width), row_tile_height(compute, width, hidden),
-                   row_tile_height(compute, hidden, 2 * width)});
+  const std::int64_t first = shape.gate_up_size();
+  return std::max({row_tile_height(compute, first, hidden), row_tile_height(compute, hidden, width),
+                   row_tile_height(compute, width, hidden),
+                   row_tile_height(compute, hidden, first)});
 }
 
-void check_strides(const FfnWeights& weights, const FfnShape& shape) {
-  ARCUS_CHECK(weights.gate_up.rows == 2 * shape.ff_size &&
+void check_weights(const FfnWeights& weights, const FfnShape& shape) {
+  ARCUS_CHECK(weights.gate_up.rows == shape.gate_up_size() &&
                   weights.gate_up.cols == shape.hidden_size && weights.gate_up.contiguous() &&
                   weights.down.rows == shape.hidden_size && weights.down.cols == shape.ff_size &&
                   weights.down.contiguous(),
               "FFN of hidden size {} and width {}: gate_up [{}, {}], down [{}, {}]",
               shape.hidden_size, shape.ff_size, weights.gate_up.rows, weights.gate_up.cols,
               weights.down.rows, weights.down.cols);
+  ARCUS_CHECK(weights.gate_up_bias.cols == (shape.bias ? shape.gate_up_size() : 0) &&
+                  weights.down_bias.cols == (shape.bias ? shape.hidden_size : 0),
+              "FFN {} biases, of {} and {} elements", shape.bias ? "with" : "without",
+              weights.gate_up_bias.cols, weights.down_bias.cols);
 }
 
 template <class T>
 const T* expert_weight(ConstTensorView weight, const FfnWeights& weights, const Segment& segment) {
   return weight.as<T>() + segment.local_expert_idx * weights.expert_stride;
 }
-
-/// act = silu(gate) * up.
-template <class T>
-void swiglu_row(T* __restrict act, const T* __restrict gate, const T* __restrict up,
-                std::int64_t width) {
-  using A = Acc<T>;
-  for (std::int64_t i = 0; i < width; ++i) {
-    const A g = static_cast<A>(gate[i]);
-    act[i] = static_cast<T>(g * sigmoid(g) * static_cast<A>(up[i]));
-  }
-}
-
-/// dup = dact * silu(gate); dgate = dact * up * silu'(gate), silu' = s (1 + gate (1 - s)).
-template <class T>
-void swiglu_backward_row(T* __restrict dgate, T* __restrict dup, const Acc<T>* __restrict dact,
-                         const T* __restrict gate, const T* __restrict up, std::int64_t width) {
-  using A = Acc<T>;
-  for (std::int64_t i = 0; i < width; ++i) {
-    const A g = static_cast<A>(gate[i]);
-    const A s = sigmoid(g);
-    dup[i] = static_cast<T>(dact[i] * (g * s));
-    dgate[i] = static_cast<T>(dact[i] * static_cast<A>(up[i]) * (s * (A(1) + g * (A(1) - s))));
-  }
+/// Null without biases.
+template <class A>
+const A* expert_bias(ConstTensorView bias, const FfnWeights& weights, const Segment& segment) {
+  return bias.empty() ? nullptr : bias.as<A>() + segment.local_expert_idx * weights.bias_stride;
 }
 
 /// <a, b> over a row: 16 interleaved sums (element i to sum i mod 16), then a tree.
@@ -162,37 +151,30 @@ void scale_row(T* __restrict out, const T* __restrict in, Acc<T> scale, std::int
   }
 }
 
-/// Zeros rows [rows, padded_rows(rows)) of a segment's part of a local buffer.
-void zero_padding(TensorView buffer, const Segment& segment) {
-  const std::size_t bytes = static_cast<std::size_t>(buffer.cols) * size_of(buffer.dtype);
-  for (std::int64_t row = segment.rows; row < padded_rows(segment.rows); ++row) {
-    std::memset(buffer.row_range(segment.padded_begin + row, 1).data, 0, bytes);
-  }
-}
-
 template <class T>
 void forward_tile(Stream& stream, int thread, const FfnForward& args, const RowTile& tile) {
+  using A = Acc<T>;
   const Segment& segment = args.segments[static_cast<std::size_t>(tile.segment_idx)];
-  const std::int64_t hidden = args.shape.hidden_size;
-  const std::int64_t width = args.shape.ff_size;
+  const FfnShape& shape = args.shape;
   const std::int64_t row = segment.row_begin + tile.begin;
   const std::int64_t padded_row = segment.padded_begin + tile.begin;
   constexpr DType kType = dtype_of<T>();
   run_gemm_rows(stream.cpu(), thread,
-                forward_key(kType, kType, 2 * width, hidden, args.x.stride, args.gate_up.stride,
-                            false, false),
+                forward_key(kType, kType, shape.gate_up_size(), shape.hidden_size, args.x.stride,
+                            args.gate_up.stride, shape.bias, false),
                 tile.rows, args.x.row<T>(row),
                 expert_weight<T>(args.weights.gate_up, args.weights, segment),
-                args.gate_up.row<T>(padded_row));
+                args.gate_up.row<T>(padded_row),
+                expert_bias<A>(args.weights.gate_up_bias, args.weights, segment));
   for (std::int64_t i = padded_row; i < padded_row + tile.rows; ++i) {
-    const T* gate = args.gate_up.row<T>(i);
-    swiglu_row(args.act.row<T>(i), gate, gate + width, width);
+    activation_row(shape.activation, args.act.row<T>(i), args.gate_up.row<T>(i), shape.ff_size);
   }
-  run_gemm_rows(
-      stream.cpu(), thread,
-      forward_key(kType, kType, hidden, width, args.act.stride, args.y.stride, false, false),
-      tile.rows, args.act.row<T>(padded_row),
-      expert_weight<T>(args.weights.down, args.weights, segment), args.y.row<T>(row));
+  run_gemm_rows(stream.cpu(), thread,
+                forward_key(kType, kType, shape.hidden_size, shape.ff_size, args.act.stride,
+                            args.y.stride, shape.bias, false),
+                tile.rows, args.act.row<T>(padded_row),
+                expert_weight<T>(args.weights.down, args.weights, segment), args.y.row<T>(row),
+                expert_bias<A>(args.weights.down_bias, args.weights, segment));
 }
 
 /// dy = weight * dout and dweight = <dout, y> of one row.
@@ -227,15 +209,14 @@ void backward_tile(Stream& stream, int thread, const FfnBackward& args, const Ro
                 tile.rows, args.dy.row<T>(padded_row),
                 expert_weight<T>(args.weights.down, args.weights, segment), dact);
   for (std::int64_t i = 0; i < tile.rows; ++i) {
-    const T* gate = args.gate_up.row<T>(padded_row + i);
-    T* dgate = args.dgate_up.row<T>(padded_row + i);
-    swiglu_backward_row(dgate, dgate + width, dact + i * width, gate, gate + width, width);
+    activation_backward_row(args.shape.activation, args.dgate_up.row<T>(padded_row + i),
+                            dact + i * width, args.gate_up.row<T>(padded_row + i), width);
   }
-  run_gemm_rows(
-      stream.cpu(), thread,
-      dgrad_key(kType, kType, 2 * width, hidden, args.dgate_up.stride, args.dx.stride, false),
-      tile.rows, args.dgate_up.row<T>(padded_row),
-      expert_weight<T>(args.weights.gate_up, args.weights, segment), args.dx.row<T>(row));
+  run_gemm_rows(stream.cpu(), thread,
+                dgrad_key(kType, kType, args.shape.gate_up_size(), hidden, args.dgate_up.stride,
+                          args.dx.stride, false),
+                tile.rows, args.dgate_up.row<T>(padded_row),
+                expert_weight<T>(args.weights.gate_up, args.weights, segment), args.dx.row<T>(row));
   if (!tile.last) return;
   zero_padding(args.dy, segment);
   zero_padding(args.dgate_up, segment);
@@ -253,27 +234,54 @@ void for_each_block(Stream& stream, std::span<const Segment> segments, std::int6
   });
 }
 
+/// sums [rows, cols] = the products of x's rows by rows [first, first + cols) of the first weight,
+/// with their biases.
+template <class T, class A = Acc<T>>
+void few_rows_gate_up(const FfnForward& args, const Segment& segment, const T* x, std::int64_t rows,
+                      std::int64_t first, std::int64_t cols, FewRowsSums<A>& sums) {
+  const std::int64_t hidden = args.shape.hidden_size;
+  const T* weight = expert_weight<T>(args.weights.gate_up, args.weights, segment);
+  few_rows_product<T>(sums.data(), kFewRowsCols, x, args.x.stride, rows, weight + first * hidden,
+                      hidden, cols, hidden);
+  const A* bias = expert_bias<A>(args.weights.gate_up_bias, args.weights, segment);
+  for (std::int64_t r = 0; bias != nullptr && r < rows; ++r) {
+    A* row = sums.data() + r * kFewRowsCols;
+    for (std::int64_t c = 0; c < cols; ++c) row[c] += bias[first + c];
+  }
+}
+
+template <class F, class T, class A = Acc<T>>
+void store_pointwise(T* act, const A* up, std::int64_t cols) {
+  for (std::int64_t c = 0; c < cols; ++c) store(act[c], F::value(up[c]));
+}
+
 /// act, columns [begin, begin + cols), of all rows of a segment.
 template <class T>
 void few_rows_act(const FfnForward& args, const Segment& segment, std::int64_t begin,
                   std::int64_t cols) {
   using A = Acc<T>;
-  const std::int64_t hidden = args.shape.hidden_size;
-  const T* gate_up = expert_weight<T>(args.weights.gate_up, args.weights, segment);
   FewRowsSums<A> gate;
   FewRowsSums<A> up;
   for (std::int64_t row = 0; row < segment.rows; row += kFewRowsGroup) {
     const std::int64_t rows = std::min(kFewRowsGroup, segment.rows - row);
     const T* x = args.x.row<T>(segment.row_begin + row);
-    few_rows_product<T>(gate.data(), kFewRowsCols, x, args.x.stride, rows, gate_up + begin * hidden,
-                        hidden, cols, hidden);
-    few_rows_product<T>(up.data(), kFewRowsCols, x, args.x.stride, rows,
-                        gate_up + (args.shape.ff_size + begin) * hidden, hidden, cols, hidden);
+    const bool gated = args.shape.gated();
+    if (gated) few_rows_gate_up<T>(args, segment, x, rows, begin, cols, gate);
+    few_rows_gate_up<T>(args, segment, x, rows, (gated ? args.shape.ff_size : 0) + begin, cols, up);
     for (std::int64_t r = 0; r < rows; ++r) {
       T* act = args.act.row<T>(segment.padded_begin + row + r) + begin;
       const A* g = gate.data() + r * kFewRowsCols;
       const A* u = up.data() + r * kFewRowsCols;
-      for (std::int64_t c = 0; c < cols; ++c) store(act[c], g[c] * sigmoid(g[c]) * u[c]);
+      switch (args.shape.activation) {
+        case Activation::swiglu:
+          for (std::int64_t c = 0; c < cols; ++c) store(act[c], g[c] * sigmoid(g[c]) * u[c]);
+          break;
+        case Activation::gelu_new:
+          store_pointwise<GeluTanh>(act, u, cols);
+          break;
+        case Activation::gelu:
+          store_pointwise<Gelu>(act, u, cols);
+      }
     }
   }
 }
@@ -282,12 +290,16 @@ void few_rows_act(const FfnForward& args, const Segment& segment, std::int64_t b
 template <class T>
 void few_rows_down(const FfnForward& args, const Segment& segment, std::int64_t begin,
                    std::int64_t cols) {
+  using A = Acc<T>;
   const std::int64_t width = args.shape.ff_size;
   const T* down = expert_weight<T>(args.weights.down, args.weights, segment) + begin * width;
+  const A* bias = expert_bias<A>(args.weights.down_bias, args.weights, segment);
   for_few_rows(args.act.row<T>(segment.padded_begin), args.act.stride, segment.rows, down, cols,
-               width, [&](std::int64_t row, const Acc<T>* sums) {
+               width, [&](std::int64_t row, const A* sums) {
                  T* y = args.y.row<T>(segment.row_begin + row) + begin;
-                 for (std::int64_t c = 0; c < cols; ++c) store(y[c], sums[c]);
+                 for (std::int64_t c = 0; c < cols; ++c) {
+                   store(y[c], bias == nullptr ? sums[c] : sums[c] + bias[begin + c]);
+                 }
                });
 }
 
@@ -306,7 +318,7 @@ void forward_few_rows(Stream& stream, const FfnForward& args) {
 }  // namespace
 
 void ffn_forward(Stream& stream, const FfnForward& args) {
-  check_strides(args.weights, args.shape);
+  check_weights(args.weights, args.shape);
   if (args.few_rows) {
     return dispatch_compute(args.x.dtype, [&]<class T>() { forward_few_rows<T>(stream, args); });
   }
@@ -320,7 +332,7 @@ void ffn_forward(Stream& stream, const FfnForward& args) {
 }
 
 void ffn_backward(Stream& stream, const FfnBackward& args) {
-  check_strides(args.weights, args.shape);
+  check_weights(args.weights, args.shape);
   ARCUS_CHECK(args.drow_weight.empty() || args.y.cols == args.shape.hidden_size,
               "gradients of row weights need y, [R, {}]", args.shape.hidden_size);
   dispatch_compute(args.dout.dtype, [&]<class T>() {
@@ -330,152 +342,6 @@ void ffn_backward(Stream& stream, const FfnBackward& args) {
       backward_tile<T>(stream, thread, args, tiles[static_cast<std::size_t>(task)]);
     });
   });
-}
-
-namespace {
-
-enum class Projection : std::int32_t { gate, up, down };
-
-/// One dW tile of one expert: all of its segments, one after the other.
-struct WgradTask {
-  std::int64_t work = 0;  ///< rows * tile rows * columns
-  std::int32_t first_segment = 0, end_segment = 0;
-  Projection projection = Projection::gate;
-  std::int64_t begin = 0;
-  std::int64_t tile_rows = 0;
-};
-
-std::int64_t out_of(Projection projection, const FfnShape& shape) {
-  return projection == Projection::down ? shape.hidden_size : shape.ff_size;
-}
-std::int64_t in_of(Projection projection, const FfnShape& shape) {
-  return projection == Projection::down ? shape.ff_size : shape.hidden_size;
-}
-
-/// Calls fn(first, end) for every run of segments of one expert.
-template <class Fn>
-void for_each_expert(std::span<const Segment> segments, Fn&& fn) {
-  for (std::size_t first = 0; first < segments.size();) {
-    std::size_t end = first;
-    while (end < segments.size() &&
-           segments[end].local_expert_idx == segments[first].local_expert_idx) {
-      ++end;
-    }
-    fn(static_cast<std::int32_t>(first), static_cast<std::int32_t>(end));
-    first = end;
-  }
-}
-
-const GradientSum& sum_of(const FfnWgrad& args, Projection projection) {
-  return projection == Projection::gate ? args.dgate
-         : projection == Projection::up ? args.dup
-                                        : args.ddown;
-}
-
-/// A projection without a sum (frozen) gets no tasks.
-void append_tasks(const FfnWgrad& args, std::int32_t first, std::int32_t end, WgradTask*& next) {
-  std::int64_t rows = 0;
-  for (std::int32_t i = first; i < end; ++i)
-    rows += args.segments[static_cast<std::size_t>(i)].rows;
-  for (const Projection projection : {Projection::gate, Projection::up, Projection::down}) {
-    if (sum_of(args, projection).sum == nullptr) continue;
-    const std::int64_t out = out_of(projection, args.shape);
-    const std::int64_t in = in_of(projection, args.shape);
-    const std::int64_t height = wgrad_tile_rows(in);
-    for (std::int64_t begin = 0; begin < out && rows > 0; begin += height) {
-      const std::int64_t tile_rows = std::min(height, out - begin);
-      *next++ = {rows * tile_rows * in, first, end, projection, begin, tile_rows};
-    }
-  }
-}
-
-/// The tasks of all experts, largest first, in the stream's scratch.
-std::span<const WgradTask> make_wgrad_tasks(Stream& stream, const FfnWgrad& args) {
-  std::int64_t most = 0;
-  for (const Projection projection : {Projection::gate, Projection::up, Projection::down}) {
-    most += out_of(projection, args.shape) / wgrad_tile_rows(in_of(projection, args.shape)) + 1;
-  }
-  auto* tasks = static_cast<WgradTask*>(stream.cpu().op_scratch(
-      std::ssize(args.segments) * most * static_cast<std::int64_t>(sizeof(WgradTask))));
-  WgradTask* next = tasks;
-  for_each_expert(args.segments, [&](std::int32_t first, std::int32_t end) {
-    append_tasks(args, first, end, next);
-  });
-  std::sort(tasks, next, [](const WgradTask& a, const WgradTask& b) {
-    if (a.work != b.work) return a.work > b.work;
-    if (a.first_segment != b.first_segment) return a.first_segment < b.first_segment;
-    return a.projection != b.projection ? a.projection < b.projection : a.begin < b.begin;
-  });
-  return {tasks, next};
-}
-
-GradientSum expert_sum(const FfnWgrad& args, Projection projection, std::int64_t expert) {
-  GradientSum sum = sum_of(args, projection).at(expert * args.expert_stride);
-  sum.tensor_idx += expert * args.tensor_idx_stride;
-  if (sum.stale != nullptr) sum.stale += expert * args.tensor_idx_stride;
-  return sum;
-}
-
-/// How the first leaf of a task is written; `alone`: no other follows.
-LeafWrite first_write(const GradientSum& sum, bool alone) {
-  if (sum.stale == nullptr || *sum.stale == 0) return LeafWrite::add;
-  return alone ? LeafWrite::stream : LeafWrite::store;
-}
-
-template <class T>
-void run_wgrad_task(Stream& stream, int thread, const FfnWgrad& args, const WgradTask& task) {
-  const std::int64_t width = args.shape.ff_size;
-  bool first = true;
-  for (std::int32_t i = task.first_segment; i < task.end_segment; ++i) {
-    const Segment& segment = args.segments[static_cast<std::size_t>(i)];
-    if (segment.rows == 0) continue;
-    WgradTile tile{.dweight = expert_sum(args, task.projection, segment.local_expert_idx),
-                   .begin = task.begin,
-                   .tile_rows = task.tile_rows,
-                   .in = in_of(task.projection, args.shape),
-                   .rows = segment.rows,
-                   .compute = dtype_of<T>(),
-                   .micro_batch = segment.micro_batch};
-    if (first) tile.write = first_write(tile.dweight, task.end_segment - task.first_segment == 1);
-    first = false;
-    if (task.projection == Projection::down) {
-      tile.dy = args.dy.row<T>(segment.padded_begin);
-      tile.dy_stride = args.dy.stride;
-      tile.x = args.act.row<T>(segment.padded_begin);
-      tile.x_stride = args.act.stride;
-    } else {
-      const std::int64_t column = task.projection == Projection::up ? width : 0;
-      tile.dy = args.dgate_up.row<T>(segment.padded_begin) + column;
-      tile.dy_stride = args.dgate_up.stride;
-      tile.x = args.x.row<T>(segment.row_begin);
-      tile.x_stride = args.x.stride;
-    }
-    run_wgrad_tile(stream.cpu(), thread, tile);
-  }
-}
-
-/// What got a leaf holds this step's sum from now on.
-void mark_written(const FfnWgrad& args) {
-  for (const Segment& segment : args.segments) {
-    if (segment.rows == 0) continue;
-    for (const Projection projection : {Projection::gate, Projection::up, Projection::down}) {
-      if (sum_of(args, projection).stale == nullptr) continue;
-      *expert_sum(args, projection, segment.local_expert_idx).stale = 0;
-    }
-  }
-}
-
-}  // namespace
-
-void ffn_wgrad(Stream& stream, const FfnWgrad& args) {
-  for (const Segment& segment : args.segments) zero_padding(args.act, segment);
-  dispatch_compute(args.x.dtype, [&]<class T>() {
-    const auto tasks = make_wgrad_tasks(stream, args);
-    parallel_tasks(stream, std::ssize(tasks), [&](std::int64_t task, int thread) {
-      run_wgrad_task<T>(stream, thread, args, tasks[static_cast<std::size_t>(task)]);
-    });
-  });
-  mark_written(args);
 }
 
 }  // namespace cpu

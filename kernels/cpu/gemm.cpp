@@ -4,6 +4,7 @@
 #include <array>
 #include <chrono>
 
+#include "kernels/cpu/column_leaf.hpp"
 #include "kernels/cpu/context.hpp"
 #include "kernels/cpu/few_rows.hpp"
 #include "kernels/cpu/gemm_tiles.hpp"
@@ -224,43 +225,14 @@ void linear_wgrad(Stream& stream, const LinearWgrad& args) {
   if (stale != nullptr) *stale = 0;
 }
 
-namespace {
-
-constexpr std::int64_t kBiasCols = 256;
-constexpr std::int64_t kBiasBlockRows = 64;
-
-/// totals[j] = sum of column begin + j of dy, in f64, by blocks of 64 rows in order.
-template <class T>
-void sum_columns(ConstTensorView dy, std::int64_t begin, std::int64_t cols,
-                 std::array<double, kBiasCols>& totals) {
-  totals.fill(0);
-  for (std::int64_t block = 0; block < dy.rows; block += kBiasBlockRows) {
-    std::array<double, kBiasCols> sums{};
-    for (std::int64_t row = block; row < std::min(dy.rows, block + kBiasBlockRows); ++row) {
-      const T* values = dy.row<T>(row) + begin;
-      for (std::int64_t j = 0; j < cols; ++j) {
-        sums[static_cast<std::size_t>(j)] += static_cast<double>(values[j]);
-      }
-    }
-    for (std::size_t j = 0; j < kBiasCols; ++j) totals[j] += sums[j];
-  }
-}
-
-}  // namespace
-
 void bias_grad(Stream& stream, const BiasGrad& args) {
   if (args.dy.rows == 0) return;
   const std::int64_t out = args.dy.cols;
   dispatch_compute(args.dy.dtype, [&]<class T>() {
-    parallel_tasks(stream, (out + kBiasCols - 1) / kBiasCols, [&](std::int64_t chunk, int) {
-      const std::int64_t begin = chunk * kBiasCols;
-      const std::int64_t cols = std::min(kBiasCols, out - begin);
-      std::array<double, kBiasCols> totals;
-      sum_columns<T>(args.dy, begin, cols, totals);
-      std::array<Acc<T>, kBiasCols> leaf;
-      std::transform(totals.begin(), totals.end(), leaf.begin(),
-                     [](double total) { return static_cast<Acc<T>>(total); });
-      add_leaf_rows(args.dbias.at(begin), cols, leaf.data(), cols, 1, cols, args.micro_batch);
+    parallel_tasks(stream, (out + kColumnChunk - 1) / kColumnChunk, [&](std::int64_t chunk, int) {
+      const std::int64_t begin = chunk * kColumnChunk;
+      add_column_leaf<T>(args.dbias, args.dy, begin, std::min(kColumnChunk, out - begin),
+                         args.micro_batch);
     });
   });
 }

@@ -27,14 +27,14 @@ AttentionLayer::AttentionLayer(const ModelConfig& model, const std::string& pref
                      .shape = {kv_size_, h},
                      .follows_previous = true,
                      .whole_leaves = true});
+  const auto bias = [&](const char* name, std::int64_t size, bool follows) {
+    return registry.add({.name = prefix + name,
+                         .shape = {size},
+                         .keep_accumulate_type = true,
+                         .init = ParamInit::zeros,
+                         .follows_previous = follows});
+  };
   if (model.qkv_bias) {
-    const auto bias = [&](const char* name, std::int64_t size, bool follows) {
-      return registry.add({.name = prefix + name,
-                           .shape = {size},
-                           .keep_accumulate_type = true,
-                           .init = ParamInit::zeros,
-                           .follows_previous = follows});
-    };
     q_bias_ = bias("q_proj.bias", q_size_, false);
     k_bias_ = bias("k_proj.bias", kv_size_, true);
     v_bias_ = bias("v_proj.bias", kv_size_, true);
@@ -43,6 +43,7 @@ AttentionLayer::AttentionLayer(const ModelConfig& model, const std::string& pref
                      .shape = {h, q_size_},
                      .init_std = out_std,
                      .whole_leaves = true});
+  if (model.o_bias) o_bias_ = bias("o_proj.bias", h, false);
   if (model.qk_norm != "none") {
     const bool full = model.qk_norm == "full";
     const auto gain = [&](const char* name, std::int64_t size) {
@@ -79,12 +80,11 @@ AttentionLayer::Saved AttentionLayer::allocate(Arena& arena, std::int64_t num_to
 
 void AttentionLayer::project(PassContext& ctx, const ParamStore& params, ConstTensorView h,
                              const Saved& saved) const {
-  linear_forward(ctx.stream,
-                 {.y = saved.qkv,
-                  .x = h,
-                  .weight = params.values(q_, 0, qkv_size()),
-                  .bias = q_bias_.valid() ? params.values(q_bias_, 0, qkv_size()) : TensorView(),
-                  .few_rows = ctx.decoding});
+  linear_forward(ctx.stream, {.y = saved.qkv,
+                              .x = h,
+                              .weight = params.values(q_, 0, qkv_size()),
+                              .bias = params.values(q_bias_, 0, qkv_size()),
+                              .few_rows = ctx.decoding});
 }
 
 void AttentionLayer::normalize(PassContext& ctx, const ParamStore& params, TensorView q,
@@ -132,7 +132,9 @@ void AttentionLayer::forward(PassContext& ctx, const ParamStore& params, TensorV
                                  .v = saved.qkv.col_range(q_size_ + kv_size_, kv_size_),
                                  .first_key = ctx.batch.first_key,
                                  .shape = sizes});
-  linear_forward(ctx.stream, {.y = out, .x = saved.out, .weight = params.values(o_)});
+  linear_forward(
+      ctx.stream,
+      {.y = out, .x = saved.out, .weight = params.values(o_), .bias = params.values(o_bias_)});
   add(ctx.stream, {.y = out, .a = out, .b = x});
 }
 
@@ -161,7 +163,7 @@ void AttentionLayer::backward(PassContext& ctx, const ParamStore& params, Tensor
   const ArenaScope scope(ctx.scratch);
   const DType compute = h.dtype;
   const AttentionShape sizes = shape(ctx.batch.num_seqs, ctx.batch.seq_len);
-  add_leaves(ctx, params, dout, saved.out, o_);
+  add_leaves(ctx, params, dout, saved.out, o_, o_bias_);
   const TensorView dattention = ctx.scratch.allocate(compute, h.rows, q_size_);
   linear_dgrad(ctx.stream, {.dx = dattention, .dy = dout, .weight = params.values(o_)});
 
@@ -218,8 +220,11 @@ void AttentionLayer::decode(PassContext& ctx, const ParamStore& params, TensorVi
                                 .length = cache.length,
                                 .max_len = cache.max_len,
                                 .shape = sizes});
-  linear_forward(ctx.stream,
-                 {.y = out, .x = saved.out, .weight = params.values(o_), .few_rows = ctx.decoding});
+  linear_forward(ctx.stream, {.y = out,
+                              .x = saved.out,
+                              .weight = params.values(o_),
+                              .bias = params.values(o_bias_),
+                              .few_rows = ctx.decoding});
   add(ctx.stream, {.y = out, .a = out, .b = x});
 }
 
@@ -242,7 +247,7 @@ std::vector<GemmShape> AttentionLayer::gemm_shapes(std::int64_t max_tokens, DTyp
                       .bias = bias});
   };
   push(GemmKind::forward, all, h, h, all, q_bias_.valid());
-  push(GemmKind::forward, h, q_size_, q_size_, h, false);
+  push(GemmKind::forward, h, q_size_, q_size_, h, o_bias_.valid());
   if (!training) return shapes;
   push(GemmKind::dgrad, h, q_size_, q_size_, h, false);
   push(GemmKind::dgrad, all, h, h, all, false);

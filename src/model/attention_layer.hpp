@@ -17,8 +17,8 @@ struct KvCache {
   std::int64_t max_len = 0;
 };
 
-/// Causal grouped-query attention with rotary positions and optional QK-norm and QKV bias. T
-/// tokens, D head size, N = num_heads * D, M = num_kv_heads * D.
+/// Causal grouped-query attention with optional rotary positions, QK-norm and biases. T tokens, D
+/// head size, N = num_heads * D, M = num_kv_heads * D.
 class AttentionLayer {
  public:
   AttentionLayer(const ModelConfig& model, const std::string& prefix, ParamRegistry& registry);
@@ -63,7 +63,7 @@ class AttentionLayer {
   ModelConfig model_;
   std::int64_t q_size_, kv_size_;
   std::vector<double> inv_freq_;
-  ParamRef q_, k_, v_, q_bias_, k_bias_, v_bias_, o_, q_norm_, k_norm_;
+  ParamRef q_, k_, v_, q_bias_, k_bias_, v_bias_, o_, o_bias_, q_norm_, k_norm_;
 };
 
 }  // namespace arcus

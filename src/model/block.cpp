@@ -3,16 +3,10 @@
 #include <cmath>
 
 #include "kernels/elementwise.hpp"
-#include "kernels/norm.hpp"
 #include "kernels/permute.hpp"
 
 namespace arcus {
 namespace {
-
-ParamRef add_gain(const std::string& name, std::int64_t size, ParamRegistry& registry) {
-  return registry.add(
-      {.name = name, .shape = {size}, .keep_accumulate_type = true, .init = ParamInit::ones});
-}
 
 std::string layer_prefix(std::int64_t layer) { return fmt::format("model.layers.{}.", layer); }
 
@@ -21,14 +15,12 @@ std::string layer_prefix(std::int64_t layer) { return fmt::format("model.layers.
 Block::Block(const ModelConfig& model, const RoutingConfig& routing, std::int64_t layer,
              ParamRegistry& registry)
     : model_(model),
-      input_norm_(
-          add_gain(layer_prefix(layer) + "input_layernorm.weight", model.hidden_size, registry)),
+      input_norm_(model, layer_prefix(layer) + "input_layernorm", registry),
       attention_(model, layer_prefix(layer) + "self_attn.", registry),
-      post_attention_norm_(add_gain(layer_prefix(layer) + "post_attention_layernorm.weight",
-                                    model.hidden_size, registry)) {
+      post_attention_norm_(model, layer_prefix(layer) + "post_attention_layernorm", registry) {
   const std::string prefix = layer_prefix(layer) + "mlp.";
   if (layer < model.first_k_dense) {
-    dense_.emplace(prefix, model.hidden_size, model.dense_ff_size,
+    dense_.emplace(prefix, ffn_shape(model, model.dense_ff_size),
                    0.02 / std::sqrt(2.0 * static_cast<double>(model.num_layers)), registry);
   } else {
     if (find_stream(routing.stream).decides) {
@@ -47,9 +39,8 @@ void Block::allocate_kept(Arena& arena, std::int64_t num_tokens, const TokenDisp
 
 void Block::allocate_rest(Arena& arena, std::int64_t num_tokens, DType compute,
                           Saved& saved) const {
-  const DType acc = accumulate_dtype(compute);
   const std::int64_t h = model_.hidden_size;
-  saved.inv_rms1 = arena.allocate(acc, num_tokens, 1);
+  saved.norm1 = input_norm_.allocate(arena, num_tokens, compute);
   saved.h1 = allocate_padded(arena, compute, num_tokens, h);
   saved.mid = arena.allocate(compute, num_tokens, h);
   saved.attention = attention_.allocate(arena, num_tokens, compute);
@@ -62,7 +53,7 @@ void Block::allocate_rest(Arena& arena, std::int64_t num_tokens, DType compute,
 void Block::allocate_second_half(Arena& arena, std::int64_t num_tokens, DType compute,
                                  Saved& saved) const {
   const std::int64_t h = model_.hidden_size;
-  saved.inv_rms2 = arena.allocate(accumulate_dtype(compute), num_tokens, 1);
+  saved.norm2 = post_attention_norm_.allocate(arena, num_tokens, compute);
   saved.h2 = allocate_padded(arena, compute, num_tokens, h, kWgradRowPadding);
   if (stream_) {
     saved.ff_in = arena.allocate(compute, num_tokens, h);
@@ -86,7 +77,8 @@ void Block::count_round(Arena& saved, Arena& scratch, Arena& row_memory, std::in
   const ArenaScope scope(scratch);
   scratch.allocate(acc, tokens, 4 * h + 2 * attention_.qkv_size() + 64);
   if (dense_) {
-    scratch.allocate(compute, tokens, ffn_row_stride(h) + ffn_row_stride(2 * model_.dense_ff_size));
+    scratch.allocate(compute, tokens,
+                     ffn_row_stride(h) + ffn_row_stride(dense_->shape().gate_up_size()));
   }
   if (moe_ && training) {
     moe_->allocate_backward_scratch(scratch, row_memory, num_tokens, rows, padded, compute);
@@ -97,30 +89,10 @@ void Block::count_round(Arena& saved, Arena& scratch, Arena& row_memory, std::in
   scratch.allocate_bytes(1 << 14);
 }
 
-void Block::norm(PassContext& ctx, const ParamStore& params, ParamRef gain, TensorView y,
-                 TensorView inv_rms, ConstTensorView x) const {
-  rmsnorm_forward(
-      ctx.stream,
-      {.y = y, .inv_rms = inv_rms, .x = x, .gain = params.values(gain), .eps = model_.norm_eps});
-}
-
-void Block::norm_backward(PassContext& ctx, const ParamStore& params, ParamRef gain, TensorView dx,
-                          ConstTensorView dy, ConstTensorView residual, ConstTensorView x,
-                          ConstTensorView inv_rms) const {
-  rmsnorm_backward(ctx.stream, {.dx = dx,
-                                .dgain = params.sums(gain),
-                                .dy = dy,
-                                .residual = residual,
-                                .x = x,
-                                .inv_rms = inv_rms,
-                                .gain = params.values(gain),
-                                .micro_batch = ctx.batch.number});
-}
-
 void Block::feed_forward(PassContext& ctx, const ParamStore& params, TokenDispatcher& dispatcher,
                          TensorView out, ConstTensorView x, Saved& saved, bool replay) const {
   if (stream_) return two_level(ctx, params, dispatcher, out, x, saved, replay);
-  norm(ctx, params, post_attention_norm_, saved.h2, saved.inv_rms2, saved.mid);
+  post_attention_norm_.forward(ctx, params, saved.h2, saved.norm2, saved.mid);
   if (moe_) {
     return moe_->forward(ctx, params, dispatcher, out, saved.h2, saved.mid, saved.moe, replay);
   }
@@ -137,7 +109,7 @@ void Block::two_level(PassContext& ctx, const ParamStore& params, TokenDispatche
   saved.moe.routing.stream_gate = saved.stream.g;
   allocate_second_half(ctx.saved, tokens, x.dtype, saved);
   gather_rows(ctx.stream, {.y = saved.ff_in, .x = saved.mid, .index = saved.stream.index});
-  norm(ctx, params, post_attention_norm_, saved.h2, saved.inv_rms2, saved.ff_in);
+  post_attention_norm_.forward(ctx, params, saved.h2, saved.norm2, saved.ff_in);
   PassContext second_ctx = ctx.with(second);
   moe_->forward(second_ctx, params, dispatcher, saved.experts_out, saved.h2, {}, saved.moe, replay);
   stream_->merge(ctx, out, saved.mid, saved.experts_out, saved.stream);
@@ -155,14 +127,13 @@ void Block::two_level_backward(PassContext& ctx, const ParamStore& params,
   PassContext second_ctx = ctx.with(second);
   const TensorView dh = ctx.scratch.allocate(dout.dtype, tokens, h);
   moe_->backward(second_ctx, params, dispatcher, dh, dexperts_out, saved.h2, saved.moe);
-  norm_backward(ctx, params, post_attention_norm_, dexperts_out, dh, {}, saved.ff_in,
-                saved.inv_rms2);
+  post_attention_norm_.backward(ctx, params, dexperts_out, dh, {}, saved.ff_in, saved.norm2);
   stream_->scatter(ctx, dmid, dexperts_out, {}, dout, dwide.col_range(h, h), saved.stream);
 }
 
 void Block::forward(PassContext& ctx, const ParamStore& params, TokenDispatcher& dispatcher,
                     TensorView out, ConstTensorView x, Saved& saved, bool replay) const {
-  norm(ctx, params, input_norm_, saved.h1, saved.inv_rms1, x);
+  input_norm_.forward(ctx, params, saved.h1, saved.norm1, x);
   attention_.forward(ctx, params, saved.mid, saved.h1, x, saved.attention);
   feed_forward(ctx, params, dispatcher, out, x, saved, replay);
 }
@@ -183,10 +154,10 @@ void Block::backward(PassContext& ctx, const ParamStore& params, TokenDispatcher
     } else {
       dense_->backward(ctx, params, dh, dout, saved.h2, saved.dense);
     }
-    norm_backward(ctx, params, post_attention_norm_, dmid, dh, dout, saved.mid, saved.inv_rms2);
+    post_attention_norm_.backward(ctx, params, dmid, dh, dout, saved.mid, saved.norm2);
   }
   attention_.backward(ctx, params, dh, dmid, saved.h1, saved.attention);
-  norm_backward(ctx, params, input_norm_, dx, dh, dmid, x, saved.inv_rms1);
+  input_norm_.backward(ctx, params, dx, dh, dmid, x, saved.norm1);
   if (stream_) add(ctx.stream, {.y = dx, .a = dx, .b = dwide.col_range(0, x.cols)});
 }
 
@@ -195,7 +166,7 @@ void Block::decode(PassContext& ctx, const ParamStore& params, TokenDispatcher& 
   Saved saved;
   allocate_kept(ctx.saved, x.rows, dispatcher, saved);
   allocate_rest(ctx.saved, x.rows, x.dtype, saved);
-  norm(ctx, params, input_norm_, saved.h1, saved.inv_rms1, x);
+  input_norm_.forward(ctx, params, saved.h1, saved.norm1, x);
   attention_.decode(ctx, params, saved.mid, saved.h1, x, cache);
   feed_forward(ctx, params, dispatcher, out, x, saved, false);
 }

@@ -6,6 +6,7 @@
 
 #include "src/model/attention_layer.hpp"
 #include "src/model/moe_layer.hpp"
+#include "src/model/norm.hpp"
 #include "src/model/stream_gate.hpp"
 
 namespace arcus {
@@ -18,11 +19,11 @@ class Block {
         ParamRegistry& registry);
 
   struct Saved {
-    TensorView inv_rms1, inv_rms2;  ///< [T, 1], [T', 1] accumulate type
-    TensorView h1, h2;              ///< [T, H], [T', H] normed inputs of attention and feed-forward
-    TensorView mid;                 ///< [T, H] after attention
-    TensorView ff_in;               ///< [T', H] those rows of it that go on
-    TensorView experts_out;         ///< [T', H], with a decision layer
+    TensorView norm1, norm2;  ///< see Norm::allocate, of T and T' rows
+    TensorView h1, h2;        ///< [T, H], [T', H] normed inputs of attention and feed-forward
+    TensorView mid;           ///< [T, H] after attention
+    TensorView ff_in;         ///< [T', H] those rows of it that go on
+    TensorView experts_out;   ///< [T', H], with a decision layer
     StreamGate::Saved stream;
     AttentionLayer::Saved attention;
     DenseFfn::Saved dense;
@@ -67,16 +68,11 @@ class Block {
                           const Saved& saved) const;
   void allocate_second_half(Arena& arena, std::int64_t num_tokens, DType compute,
                             Saved& saved) const;
-  void norm_backward(PassContext& ctx, const ParamStore& params, ParamRef gain, TensorView dx,
-                     ConstTensorView dy, ConstTensorView residual, ConstTensorView x,
-                     ConstTensorView inv_rms) const;
-  void norm(PassContext& ctx, const ParamStore& params, ParamRef gain, TensorView y,
-            TensorView inv_rms, ConstTensorView x) const;
 
   ModelConfig model_;
-  ParamRef input_norm_;
+  Norm input_norm_;
   AttentionLayer attention_;
-  ParamRef post_attention_norm_;
+  Norm post_attention_norm_;
   std::optional<DenseFfn> dense_;
   std::optional<MoeLayer> moe_;
   std::optional<StreamGate> stream_;

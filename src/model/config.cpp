@@ -1,10 +1,14 @@
 #include "src/model/config.hpp"
 
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <numbers>
 #include <numeric>
 #include <optional>
+#include <string_view>
 #include <utility>
 
 #include "src/base/error.hpp"
@@ -20,30 +24,14 @@ void require_positive(const char* name, std::int64_t value) {
   ARCUS_REQUIRE(value > 0, ExitCode::usage, "model.{} is {}; it must be at least 1", name, value);
 }
 
-void validate_attention(const ModelConfig& m) {
-  ARCUS_REQUIRE(m.num_heads % m.num_kv_heads == 0, ExitCode::usage,
-                "model.num_heads ({}) must be a multiple of model.num_kv_heads ({}); set "
-                "num_kv_heads to {}",
-                m.num_heads, m.num_kv_heads, m.num_heads);
-  ARCUS_REQUIRE(m.head_dim > 0 || m.hidden_size % m.num_heads == 0, ExitCode::usage,
-                "model.hidden_size ({}) is no multiple of model.num_heads ({}); set model.head_dim "
-                "(e.g. {})",
-                m.hidden_size, m.num_heads, std::max<std::int64_t>(2, m.hidden_size / m.num_heads));
-  const std::int64_t head_dim = m.head_dim > 0 ? m.head_dim : m.hidden_size / m.num_heads;
-  ARCUS_REQUIRE(
-      head_dim % 2 == 0, ExitCode::usage,
-      "model.head_dim ({}) must be even (rotary embedding pairs dimensions); set it to {}",
-      head_dim, head_dim + 1);
-  ARCUS_REQUIRE(m.qk_norm == "none" || m.qk_norm == "head" || m.qk_norm == "full", ExitCode::usage,
-                "model.qk_norm is \"{}\"; it must be \"none\", \"head\" or \"full\"", m.qk_norm);
-  ARCUS_REQUIRE(m.partial_rotary_factor > 0 && m.partial_rotary_factor <= 1, ExitCode::usage,
-                "model.partial_rotary_factor is {}; it must be in (0, 1]", m.partial_rotary_factor);
-  ARCUS_REQUIRE(static_cast<double>(head_dim) * m.partial_rotary_factor >= 2, ExitCode::usage,
-                "model.partial_rotary_factor ({}) of model.head_dim ({}) rotates no pair of "
-                "dimensions; set it to at least {}",
-                m.partial_rotary_factor, head_dim, 2.0 / static_cast<double>(head_dim));
-  ARCUS_REQUIRE(m.rope_theta > 1, ExitCode::usage, "model.rope_theta is {}; it must exceed 1",
-                m.rope_theta);
+void require_one_of(const char* name, const std::string& value,
+                    std::initializer_list<std::string_view> choices) {
+  ARCUS_REQUIRE(std::find(choices.begin(), choices.end(), value) != choices.end(), ExitCode::usage,
+                "model.{} is \"{}\"; it must be one of \"{}\"", name, value,
+                fmt::join(choices, "\", \""));
+}
+
+void validate_rope_scaling(const ModelConfig& m) {
   ARCUS_REQUIRE(
       m.rope_scaling == "none" || m.rope_scaling == "linear" || m.rope_scaling == "llama3",
       ExitCode::usage,
@@ -76,6 +64,46 @@ double stretched_llama3(const ModelConfig& m, double inv_freq) {
   return (1 - smooth) * inv_freq / m.rope_factor + smooth * inv_freq;
 }
 
+void validate_rope(const ModelConfig& m, std::int64_t head_dim) {
+  ARCUS_REQUIRE(
+      head_dim % 2 == 0, ExitCode::usage,
+      "model.head_dim ({}) must be even (rotary embedding pairs dimensions); set it to {}",
+      head_dim, head_dim + 1);
+  ARCUS_REQUIRE(m.partial_rotary_factor > 0 && m.partial_rotary_factor <= 1, ExitCode::usage,
+                "model.partial_rotary_factor is {}; it must be in (0, 1]", m.partial_rotary_factor);
+  ARCUS_REQUIRE(static_cast<double>(head_dim) * m.partial_rotary_factor >= 2, ExitCode::usage,
+                "model.partial_rotary_factor ({}) of model.head_dim ({}) rotates no pair of "
+                "dimensions; set it to at least {}",
+                m.partial_rotary_factor, head_dim, 2.0 / static_cast<double>(head_dim));
+  ARCUS_REQUIRE(m.rope_theta > 1, ExitCode::usage, "model.rope_theta is {}; it must exceed 1",
+                m.rope_theta);
+  validate_rope_scaling(m);
+}
+
+void validate_positions(const ModelConfig& m) {
+  require_one_of("position", m.position, {"rope", "learned", "none"});
+  const bool learned = m.position == "learned";
+  ARCUS_REQUIRE(!learned || m.max_positions > 0, ExitCode::usage,
+                "model.position is \"learned\" and model.max_positions is {}; set max_positions to "
+                "the longest sequence that the model is to see, at least train.seq_len",
+                m.max_positions);
+}
+
+void validate_attention(const ModelConfig& m) {
+  ARCUS_REQUIRE(m.num_heads % m.num_kv_heads == 0, ExitCode::usage,
+                "model.num_heads ({}) must be a multiple of model.num_kv_heads ({}); set "
+                "num_kv_heads to {}",
+                m.num_heads, m.num_kv_heads, m.num_heads);
+  ARCUS_REQUIRE(m.head_dim > 0 || m.hidden_size % m.num_heads == 0, ExitCode::usage,
+                "model.hidden_size ({}) is no multiple of model.num_heads ({}); set model.head_dim "
+                "(e.g. {})",
+                m.hidden_size, m.num_heads, std::max<std::int64_t>(2, m.hidden_size / m.num_heads));
+  const std::int64_t head_dim = m.head_dim > 0 ? m.head_dim : m.hidden_size / m.num_heads;
+  ARCUS_REQUIRE(m.qk_norm == "none" || m.qk_norm == "head" || m.qk_norm == "full", ExitCode::usage,
+                "model.qk_norm is \"{}\"; it must be \"none\", \"head\" or \"full\"", m.qk_norm);
+  if (m.position == "rope") validate_rope(m, head_dim);
+}
+
 void validate_experts(const ModelConfig& m) {
   ARCUS_REQUIRE(m.first_k_dense >= 0 && m.first_k_dense <= m.num_layers, ExitCode::usage,
                 "model.first_k_dense ({}) must be between 0 and model.num_layers ({})",
@@ -102,6 +130,9 @@ void validate(const ModelConfig& m, const RoutingConfig& r, std::optional<std::s
   require_positive("expert_ff_size", m.expert_ff_size);
   ARCUS_REQUIRE(m.norm_eps > 0, ExitCode::usage, "model.norm_eps is {}; it must be positive",
                 m.norm_eps);
+  require_one_of("norm", m.norm, {"rms", "layer"});
+  require_one_of("activation", m.activation, {"swiglu", "gelu_new", "gelu"});
+  validate_positions(m);
   validate_attention(m);
   validate_experts(m);
   find_score(r.score);
@@ -171,6 +202,7 @@ double aux_coefficient(const RoutingConfig& routing, AuxScope scope) {
 }
 
 std::vector<double> rope_inv_freq(const ModelConfig& m) {
+  if (m.position != "rope") return {};
   const auto pairs =
       static_cast<std::int64_t>(static_cast<double>(m.head_dim) * m.partial_rotary_factor / 2);
   std::vector<double> inv_freq;
@@ -186,6 +218,13 @@ std::vector<double> rope_inv_freq(const ModelConfig& m) {
 
 std::int64_t num_slots(const ModelConfig& model, const RoutingConfig& routing) {
   return find_select(routing.select).slot_per_expert ? model.num_experts : model.topk;
+}
+
+void check_positions(const ModelConfig& model, std::int64_t seq_len) {
+  ARCUS_REQUIRE(model.position != "learned" || seq_len <= model.max_positions, ExitCode::usage,
+                "train.seq_len ({}) exceeds model.max_positions ({}), the positions that the model "
+                "learns; set seq_len to at most {}, or max_positions of a new model to {}",
+                seq_len, model.max_positions, model.max_positions, seq_len);
 }
 
 ModelConfig resolve(ModelConfig model, std::int64_t data_vocab_size) {

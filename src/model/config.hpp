@@ -16,6 +16,11 @@ struct ModelConfig {
   std::int64_t head_dim = 0;     ///< 0 = hidden_size / num_heads
   std::string qk_norm = "head";  ///< "none" | "head" | "full"
   bool qkv_bias = false;
+  bool o_bias = false;
+  std::string position = "rope";  ///< "rope" | "learned" | "none"
+  /// Longest text, in tokens: rows of the table of learned positions; else what exported files say,
+  /// 0 = train.seq_len.
+  std::int64_t max_positions = 0;
   double rope_theta = 10000;
   double partial_rotary_factor = 1;  ///< share of head_dim that is rotated
   /// How the angles were stretched for longer texts: "none" | "linear" (all by rope_factor) |
@@ -26,7 +31,10 @@ struct ModelConfig {
                                               ///< an angle is slow
   double rope_high_freq_factor = 4;           ///< llama3: above which it is fast
   std::int64_t rope_original_context = 8192;  ///< llama3: the original length, in tokens
+  std::string norm = "rms";                   ///< "rms" | "layer"
   double norm_eps = 1e-6;
+  std::string activation = "swiglu";  ///< "swiglu" (gated) | "gelu_new" (tanh) | "gelu" (erf)
+  bool mlp_bias = false;
   std::int64_t first_k_dense = 0;  ///< leading layers with a dense feed-forward
   std::int64_t dense_ff_size = 0;  ///< 0 = topk * expert_ff_size
   std::int64_t num_experts = 8;
@@ -95,7 +103,7 @@ enum class AuxScope { micro_batch, sequence, global };
 /// Its coefficient: aux_loss where that is aux_scope, and the scope's own key.
 double aux_coefficient(const RoutingConfig& routing, AuxScope scope);
 /// Angle per position of each rotated pair of dimensions, [head_dim * partial_rotary_factor / 2]:
-/// rope_theta^(-i / pairs), stretched as rope_scaling says.
+/// rope_theta^(-i / pairs), stretched as rope_scaling says; empty without rotary positions.
 std::vector<double> rope_inv_freq(const ModelConfig& model);
 
 /// Slots per token: topk, or num_experts where every expert may take every token.
@@ -106,6 +114,8 @@ std::int64_t num_slots(const ModelConfig& model, const RoutingConfig& routing);
 void validate(const ModelConfig& model, const RoutingConfig& routing);
 /// The same for the layers that overrides name, which must exist, be MoE layers and be named once.
 void validate(const ModelConfig& model, const std::vector<RoutingOverride>& overrides);
+/// Refuses (usage) sequences longer than the table of learned positions.
+void check_positions(const ModelConfig& model, std::int64_t seq_len);
 /// 0-valued "derive it" fields replaced by their values. `data_vocab_size` serves "auto".
 ModelConfig resolve(ModelConfig model, std::int64_t data_vocab_size);
 

@@ -4,25 +4,29 @@
 #include <vector>
 
 #include "kernels/ffn.hpp"
+#include "src/model/config.hpp"
 #include "src/model/param_registry.hpp"
 #include "src/model/pass.hpp"
 
 namespace arcus {
 
-/// A SwiGLU feed-forward that every token passes: a dense layer, or the shared expert of an MoE
+/// The feed-forward of a model, `ff_size` wide.
+FfnShape ffn_shape(const ModelConfig& model, std::int64_t ff_size);
+
+/// A feed-forward that every token passes: a dense layer, or the shared expert of an MoE
 /// layer. T tokens, H hidden, F width.
 class DenseFfn {
  public:
-  /// Parameters PREFIXgate_proj.weight, up_proj, down_proj.
-  DenseFfn(const std::string& prefix, std::int64_t hidden_size, std::int64_t ff_size,
-           double down_init_std, ParamRegistry& registry);
+  /// Parameters PREFIXgate_proj.weight (with a gate), up_proj, down_proj, and their biases.
+  DenseFfn(const std::string& prefix, const FfnShape& shape, double down_init_std,
+           ParamRegistry& registry);
 
   struct Saved {
-    TensorView gate_up;  ///< [Tp, 2F]
+    TensorView gate_up;  ///< [Tp, U], see FfnShape
     TensorView act;      ///< [Tp, F]
   };
   Saved allocate(Arena& arena, std::int64_t num_tokens, DType compute) const;
-  /// y [T, H] = down(silu(gate x) * up x).
+  /// y [T, H] = down(act), see kernels/ffn.hpp.
   void forward(PassContext& ctx, const ParamStore& params, TensorView y, ConstTensorView x,
                const Saved& saved) const;
   /// dx [T, H]; adds the leaves. x has 32 readable, finite rows behind it.
@@ -35,7 +39,7 @@ class DenseFfn {
   FfnWeights weights(const ParamStore& params) const;
   Segment whole(const PassContext& ctx) const;
   FfnShape shape_;
-  ParamRef gate_, up_, down_;
+  ParamRef gate_, up_, down_, gate_bias_, up_bias_, down_bias_;
 };
 
 }  // namespace arcus

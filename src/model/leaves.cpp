@@ -8,12 +8,10 @@ namespace arcus {
 
 void add_leaves(PassContext& ctx, const ParamStore& params, ConstTensorView dy, ConstTensorView x,
                 ParamRef weight, ParamRef bias) {
-  if (const GradientSum sum = weight.valid() ? params.sums(weight) : GradientSum();
-      sum.sum != nullptr) {
+  if (const GradientSum sum = params.sums(weight); sum.sum != nullptr) {
     linear_wgrad(ctx.stream, {.dweight = sum, .dy = dy, .x = x, .micro_batch = ctx.batch.number});
   }
-  if (const GradientSum sum = bias.valid() ? params.sums(bias) : GradientSum();
-      sum.sum != nullptr) {
+  if (const GradientSum sum = params.sums(bias); sum.sum != nullptr) {
     bias_grad(ctx.stream, {.dbias = sum, .dy = dy, .micro_batch = ctx.batch.number});
   }
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "kernels/elementwise.hpp"
 #include "src/model/leaves.hpp"
@@ -18,34 +19,57 @@ double residual_std(const ModelConfig& model) {
 MoeLayer::MoeLayer(const ModelConfig& model, const RoutingConfig& routing,
                    const std::string& prefix, ParamRegistry& registry)
     : model_(model),
-      shape_{model.hidden_size, model.expert_ff_size},
+      shape_(ffn_shape(model, model.expert_ff_size)),
       gate_(model, routing, prefix, registry) {
-  const std::int64_t e = model.num_experts;
-  const std::int64_t f = model.expert_ff_size;
-  const std::int64_t h = model.hidden_size;
-  const std::int64_t active = gate_.active_experts();
-  experts_ = registry.add_experts({{.name = prefix + "experts.gate_proj.weight",
-                                    .shape = {e, f, h},
-                                    .whole_leaves = true,
-                                    .active_units = active},
-                                   {.name = prefix + "experts.up_proj.weight",
-                                    .shape = {e, f, h},
-                                    .whole_leaves = true,
-                                    .active_units = active},
-                                   {.name = prefix + "experts.down_proj.weight",
-                                    .shape = {e, h, f},
-                                    .init_std = residual_std(model),
-                                    .whole_leaves = true,
-                                    .active_units = active}});
+  add_experts(prefix + "experts.", registry);
   if (model.num_shared_experts == 0) return;
-  shared_.emplace(prefix + "shared_experts.", h, f * model.num_shared_experts, residual_std(model),
-                  registry);
+  shared_.emplace(prefix + "shared_experts.",
+                  ffn_shape(model, model.expert_ff_size * model.num_shared_experts),
+                  residual_std(model), registry);
   if (model.shared_expert_gate) {
     shared_gate_ = registry.add({.name = prefix + "shared_expert_gate.weight",
-                                 .shape = {1, h},
+                                 .shape = {1, model.hidden_size},
                                  .keep_accumulate_type = true,
                                  .whole_leaves = true});
   }
+}
+
+void MoeLayer::add_experts(const std::string& prefix, ParamRegistry& registry) {
+  const std::int64_t e = model_.num_experts;
+  const std::int64_t f = shape_.ff_size;
+  const std::int64_t h = shape_.hidden_size;
+  const auto weight = [&](const char* name, std::int64_t out, std::int64_t in) {
+    return ParamRow{.name = prefix + name,
+                    .shape = {e, out, in},
+                    .whole_leaves = true,
+                    .active_units = gate_.active_experts()};
+  };
+  std::vector<ParamRow> rows;
+  if (shape_.gated()) rows.push_back(weight("gate_proj.weight", f, h));
+  rows.push_back(weight("up_proj.weight", f, h));
+  rows.push_back(weight("down_proj.weight", h, f));
+  rows.back().init_std = residual_std(model_);
+  const auto add = [&](std::vector<ParamRow> all, ParamRef& gate, ParamRef& up, ParamRef& down) {
+    const std::vector<ParamRef> refs = registry.add_experts(std::move(all));
+    auto next = refs.begin();
+    if (shape_.gated()) gate = *next++;
+    up = *next++;
+    down = *next;
+  };
+  add(std::move(rows), gate_proj_, up_proj_, down_proj_);
+  if (!shape_.bias) return;
+  const auto bias = [&](const char* name, std::int64_t size) {
+    return ParamRow{.name = prefix + name,
+                    .shape = {e, size},
+                    .keep_accumulate_type = true,
+                    .init = ParamInit::zeros,
+                    .active_units = gate_.active_experts()};
+  };
+  std::vector<ParamRow> biases;
+  if (shape_.gated()) biases.push_back(bias("gate_proj.bias", f));
+  biases.push_back(bias("up_proj.bias", f));
+  biases.push_back(bias("down_proj.bias", h));
+  add(std::move(biases), gate_bias_, up_bias_, down_bias_);
 }
 
 void MoeLayer::allocate_routing(Arena& arena, std::int64_t num_tokens,
@@ -71,15 +95,22 @@ void MoeLayer::allocate_rows(Arena& arena, Arena& row_memory, std::int64_t rows,
                              std::int64_t padded, DType compute, Saved& saved) const {
   const std::int64_t h = model_.hidden_size;
   const std::int64_t f = shape_.ff_size;
+  const std::int64_t u = shape_.gate_up_size();
   saved.x = row_memory.allocate(compute, rows + kWgradRowPadding, h).row_range(0, rows);
   saved.y = row_memory.allocate(compute, rows, h);
-  saved.gate_up = arena.allocate(compute, padded, 2 * f, ffn_row_stride(2 * f));
+  saved.gate_up = arena.allocate(compute, padded, u, ffn_row_stride(u));
   saved.act = arena.allocate(compute, padded, f, ffn_row_stride(f));
 }
 
 FfnWeights MoeLayer::expert_weights(const ParamStore& params) const {
-  return {params.values(experts_[0], 0, 2 * shape_.ff_size), params.values(experts_[2]),
-          params.registry().row(experts_[0]).expert_stride};
+  const std::int64_t u = shape_.gate_up_size();
+  const bool gated = shape_.gated();
+  return {.gate_up = params.values(gated ? gate_proj_ : up_proj_, 0, u),
+          .down = params.values(down_proj_),
+          .expert_stride = params.registry().row(up_proj_).expert_stride,
+          .gate_up_bias = params.values(gated ? gate_bias_ : up_bias_, 0, u),
+          .down_bias = params.values(down_bias_),
+          .bias_stride = shape_.bias ? params.registry().row(up_bias_).expert_stride : 0};
 }
 
 void MoeLayer::forward_shared(PassContext& ctx, const ParamStore& params, TensorView out,
@@ -172,11 +203,16 @@ void MoeLayer::backward_shared(PassContext& ctx, const ParamStore& params, Tenso
 
 void MoeLayer::add_expert_leaves(PassContext& ctx, const ParamStore& params, ConstTensorView dy,
                                  ConstTensorView dgate_up, const Saved& saved) const {
-  ffn_wgrad(ctx.stream, {.dgate = params.sums(experts_[0]),
-                         .dup = params.sums(experts_[1]),
-                         .ddown = params.sums(experts_[2]),
-                         .expert_stride = params.registry().row(experts_[0]).expert_stride,
+  const FfnWeights weights = expert_weights(params);
+  ffn_wgrad(ctx.stream, {.dgate = params.sums(gate_proj_),
+                         .dup = params.sums(up_proj_),
+                         .ddown = params.sums(down_proj_),
+                         .expert_stride = weights.expert_stride,
                          .tensor_idx_stride = 1,
+                         .dgate_bias = params.sums(gate_bias_),
+                         .dup_bias = params.sums(up_bias_),
+                         .ddown_bias = params.sums(down_bias_),
+                         .bias_stride = weights.bias_stride,
                          .x = saved.x,
                          .act = saved.act,
                          .dy = dy,
@@ -208,11 +244,11 @@ void MoeLayer::backward(PassContext& ctx, const ParamStore& params, TokenDispatc
     dh_shared = ctx.scratch.allocate(compute, h.rows, hidden);
     backward_shared(ctx, params, dh_shared, dout, h, saved);
   }
-  const std::int64_t f = shape_.ff_size;
+  const std::int64_t u = shape_.gate_up_size();
   const TensorView dx = ctx.rows.allocate(compute, rows, hidden);
   const TensorView drow_weight = ctx.rows.allocate(acc, 1, rows);
   const TensorView dy = ctx.scratch.allocate(compute, padded, hidden, ffn_row_stride(hidden));
-  const TensorView dgate_up = ctx.scratch.allocate(compute, padded, 2 * f, ffn_row_stride(2 * f));
+  const TensorView dgate_up = ctx.scratch.allocate(compute, padded, u, ffn_row_stride(u));
   const auto experts = [&](std::span<const Segment> segments) {
     ffn_backward(ctx.stream, {.dx = dx,
                               .drow_weight = drow_weight,
@@ -253,19 +289,18 @@ void MoeLayer::allocate_backward_scratch(Arena& arena, Arena& row_memory, std::i
   const ArenaScope rows_scope(row_memory);
   const DType acc = accumulate_dtype(compute);
   const std::int64_t h = model_.hidden_size;
-  const std::int64_t f = shape_.ff_size;
   row_memory.allocate(compute, 2 * rows + kWgradRowPadding, h);
   row_memory.allocate(acc, 2, rows);
   row_memory.allocate_bytes(1 << 10);  // rounding of the four pieces to the arena's alignment
   arena.allocate(compute, padded, ffn_row_stride(h));
-  arena.allocate(compute, padded, ffn_row_stride(2 * f));
+  arena.allocate(compute, padded, ffn_row_stride(shape_.gate_up_size()));
   // The gate, the shared expert and its gate on tokens.
   const std::int64_t tokens = padded_rows(num_tokens) + kWgradRowPadding;
   arena.allocate(acc, tokens, 2 * h + 1);
   gate_.allocate_scratch(arena, num_tokens, compute);
   if (shared_) {
     arena.allocate(compute, tokens,
-                   3 * h + ffn_row_stride(h) + ffn_row_stride(2 * shared_->shape().ff_size));
+                   3 * h + ffn_row_stride(h) + ffn_row_stride(shared_->shape().gate_up_size()));
   }
   arena.allocate_bytes(1 << 14);  // rounding of the pieces above to the arena's alignment
 }

@@ -21,7 +21,7 @@ class MoeLayer {
     Routing routing;
     DispatchPlan plan;
     TensorView x;        ///< [R, H] received rows, 32 more readable behind them
-    TensorView gate_up;  ///< [Rp, 2F]
+    TensorView gate_up;  ///< [Rp, U], see FfnShape
     TensorView act;      ///< [Rp, F]
     TensorView y;        ///< [R, H]
     DenseFfn::Saved shared;
@@ -63,6 +63,7 @@ class MoeLayer {
   std::int64_t active_experts() const { return gate_.active_experts(); }
 
  private:
+  void add_experts(const std::string& prefix, ParamRegistry& registry);
   FfnWeights expert_weights(const ParamStore& params) const;
   void forward_shared(PassContext& ctx, const ParamStore& params, TensorView out, ConstTensorView h,
                       const Saved& saved) const;
@@ -74,7 +75,8 @@ class MoeLayer {
   ModelConfig model_;
   FfnShape shape_;
   Gate gate_;
-  std::vector<ParamRef> experts_;  ///< gate_proj, up_proj, down_proj
+  /// The experts' parameters; with neither gate nor biases those are not there.
+  ParamRef gate_proj_, up_proj_, down_proj_, gate_bias_, up_bias_, down_bias_;
   std::optional<DenseFfn> shared_;
   ParamRef shared_gate_;
 };

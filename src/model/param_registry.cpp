@@ -36,18 +36,23 @@ ParamRef ParamRegistry::add(ParamRow row) {
 }
 
 std::vector<ParamRef> ParamRegistry::add_experts(std::vector<ParamRow> rows) {
+  const bool keep = rows.front().keep_accumulate_type;
+  const FlatId flat = keep ? FlatId::expert_accumulate : FlatId::expert_compute;
   std::int64_t stride = 0;
   for (ParamRow& row : rows) {
+    ARCUS_CHECK(row.keep_accumulate_type == keep, "{} is kept in another type than {}", row.name,
+                rows.front().name);
     ARCUS_CHECK(row.shape[0] == num_experts_, "{} has {} experts, the model {}", row.name,
                 row.shape[0], num_experts_);
     row.kind = ParamKind::expert;
-    row.flat = FlatId::expert_compute;
+    row.flat = flat;
     row.expert_offset = stride;
     stride += row.unit_elements();
   }
+  std::int64_t& strides_before = expert_strides_[index_of(flat)];
   std::vector<ParamRef> refs;
   for (ParamRow& row : rows) {
-    row.strides_before = expert_strides_;
+    row.strides_before = strides_before;
     row.expert_stride = align(stride);
     row.offset = num_local_experts_ * row.strides_before + row.expert_offset;
     row.first_unit_idx = num_units_;
@@ -55,8 +60,8 @@ std::vector<ParamRef> ParamRegistry::add_experts(std::vector<ParamRow> rows) {
     rows_.push_back(std::move(row));
     refs.push_back({static_cast<int>(rows_.size()) - 1});
   }
-  expert_strides_ += align(stride);
-  sizes_[index_of(FlatId::expert_compute)] = expert_flat_size(num_local_experts_);
+  strides_before += align(stride);
+  sizes_[index_of(flat)] = expert_flat_size(flat, num_local_experts_);
   return refs;
 }
 
@@ -125,15 +130,17 @@ ParamStore::ParamStore(const ParamRegistry& registry, DType compute, DType sum_d
 }
 
 TensorView ParamStore::values(ParamRef ref, std::int64_t local_expert, std::int64_t rows) const {
+  if (!ref.valid()) return {};
   const ParamRow& row = registry_->row(ref);
   const TensorView flat = flat_values(row.flat);
   void* first = flat.col_range(row.offset + local_expert * row.expert_stride, 0).data;
   // A vector is one row; spanning others makes it longer instead of higher.
-  if (row.shape.size() == 1) return {first, flat.dtype, 1, rows > 0 ? rows : row.shape[0]};
+  if (!row.is_matrix()) return {first, flat.dtype, 1, rows > 0 ? rows : row.unit_elements()};
   return {first, flat.dtype, rows > 0 ? rows : row.unit_elements() / row.cols(), row.cols()};
 }
 
 GradientSum ParamStore::sums(ParamRef ref, std::int64_t local_expert) const {
+  if (!ref.valid()) return {};
   const ParamRow& row = registry_->row(ref);
   if (!training_ || !row.trainable) return {};
   GradientSum sum;

@@ -16,19 +16,22 @@ namespace arcus {
 enum class ParamKind { dense, expert };
 enum class ParamInit { normal, ones, zeros };
 
-/// Parameters live in three flat blocks. Gate, norms and biases keep the accumulate type even where
+/// Parameters live in four flat blocks. Gate, norms and biases keep the accumulate type even where
 /// the model computes in bf16.
-enum class FlatId : int { dense_accumulate, dense_compute, expert_compute };
-inline constexpr std::array<FlatId, 3> kFlatIds{FlatId::dense_accumulate, FlatId::dense_compute,
-                                                FlatId::expert_compute};
+enum class FlatId : int { dense_accumulate, dense_compute, expert_compute, expert_accumulate };
+inline constexpr std::array<FlatId, 4> kFlatIds{FlatId::dense_accumulate, FlatId::dense_compute,
+                                                FlatId::expert_compute, FlatId::expert_accumulate};
 inline std::size_t index_of(FlatId id) { return static_cast<std::size_t>(id); }
+inline bool of_experts(FlatId id) {
+  return id == FlatId::expert_compute || id == FlatId::expert_accumulate;
+}
 
 /// One logical tensor: size, initial values, decay, gradient group and file name, described once.
 struct ParamRow {
   std::string name;
   std::vector<std::int64_t> shape;  ///< experts: [E, ...]
   ParamKind kind = ParamKind::dense;
-  bool keep_accumulate_type = false;  ///< dense_accumulate instead of dense_compute
+  bool keep_accumulate_type = false;  ///< ..._accumulate instead of ..._compute
   ParamInit init = ParamInit::normal;
   double init_std = 0.02;
   bool follows_previous = false;            ///< no gap before it: one view spans both (q, k, v)
@@ -45,10 +48,12 @@ struct ParamRow {
   std::int64_t offset = 0;          ///< first element in the flat (of local expert 0)
   std::int64_t expert_stride = 0;   ///< elements from one local expert to the next
   std::int64_t expert_offset = 0;   ///< first element inside one expert of its layer
-  std::int64_t strides_before = 0;  ///< sum of expert_stride over the layers before
+  std::int64_t strides_before = 0;  ///< sum of expert_stride over the layers before, in its flat
 
   std::int64_t num_units() const { return kind == ParamKind::expert ? shape[0] : 1; }
   TensorSpec spec(DType dtype) const { return {name, dtype, shape, num_units()}; }
+  /// Whether one unit has two or more dimensions.
+  bool is_matrix() const { return shape.size() >= (kind == ParamKind::expert ? 3U : 2U); }
   /// Last dimension (1 for a vector), and elements of one unit.
   std::int64_t cols() const { return shape.size() < 2 ? 1 : shape.back(); }
   std::int64_t unit_elements() const {
@@ -81,16 +86,16 @@ class ParamRegistry {
                 std::int64_t num_local_experts);
 
   ParamRef add(ParamRow row);
-  /// Rows of one layer's experts, all [E, ...]; memory is expert by expert.
+  /// Rows of one layer's experts, all [E, ...] and of one flat; memory is expert by expert.
   std::vector<ParamRef> add_experts(std::vector<ParamRow> rows);
 
   const std::vector<ParamRow>& rows() const { return rows_; }
   std::vector<ParamRow>& mutable_rows() { return rows_; }
   const ParamRow& row(ParamRef ref) const { return rows_[static_cast<std::size_t>(ref.idx)]; }
   std::int64_t flat_size(FlatId flat) const { return sizes_[index_of(flat)]; }
-  /// Elements of the expert flat on a rank that holds `num_experts` of them.
-  std::int64_t expert_flat_size(std::int64_t num_experts) const {
-    return num_experts * expert_strides_;
+  /// Elements of a flat of experts on a rank that holds `num_experts` of them.
+  std::int64_t expert_flat_size(FlatId flat, std::int64_t num_experts) const {
+    return num_experts * expert_strides_[index_of(flat)];
   }
   std::int64_t num_units() const { return num_units_; }
   /// Name of a unit, e.g. "model.layers.1.mlp.experts.gate_proj.weight[5]".
@@ -115,9 +120,9 @@ class ParamRegistry {
  private:
   std::int64_t num_experts_, first_local_expert_, num_local_experts_;
   std::vector<ParamRow> rows_;
-  std::array<std::int64_t, 3> sizes_{};
+  std::array<std::int64_t, kFlatIds.size()> sizes_{};
   std::int64_t num_units_ = 0;
-  std::int64_t expert_strides_ = 0;  ///< of all layers
+  std::array<std::int64_t, kFlatIds.size()> expert_strides_{};  ///< of all layers
 };
 
 /// Memory of the parameters as the model reads them, and of the sums of their gradients.
@@ -128,7 +133,8 @@ class ParamStore {
 
   DType compute_dtype() const { return compute_; }
   DType dtype(FlatId flat) const {
-    return flat == FlatId::dense_accumulate ? accumulate_dtype(compute_) : compute_;
+    const bool keep = flat == FlatId::dense_accumulate || flat == FlatId::expert_accumulate;
+    return keep ? accumulate_dtype(compute_) : compute_;
   }
   DType sum_dtype() const { return sum_dtype_; }
   const ParamRegistry& registry() const { return *registry_; }
@@ -136,9 +142,9 @@ class ParamStore {
   TensorView flat_values(FlatId flat) const { return value_views_[index_of(flat)]; }
   TensorView flat_sums(FlatId flat) const { return sum_views_[index_of(flat)]; }
   /// The (local expert's) tensor as [rows, cols]; `rows` > 0 asks for a view that spans following
-  /// rows as well.
+  /// rows as well. Empty for a tensor that is not there.
   TensorView values(ParamRef ref, std::int64_t local_expert = 0, std::int64_t rows = 0) const;
-  /// Where leaves of the tensor go; sum == nullptr for a frozen one.
+  /// Where leaves of the tensor go; sum == nullptr for one that is frozen or not there.
   GradientSum sums(ParamRef ref, std::int64_t local_expert = 0) const;
   /// Limits of |leaf| for a step of `num_micro_batches`.
   void set_num_micro_batches(std::int64_t num_micro_batches);
@@ -166,7 +172,7 @@ class ParamStore {
   bool sums_are_new_ = true;               ///< and therefore zero
   std::int64_t num_micro_batches_ = 1;
   std::vector<Arena> values_, sums_;
-  std::array<TensorView, 3> value_views_, sum_views_;
+  std::array<TensorView, kFlatIds.size()> value_views_, sum_views_;
   std::unique_ptr<BadLeafFlag> bad_leaf_;
 };
 

@@ -6,7 +6,6 @@
 #include "kernels/elementwise.hpp"
 #include "kernels/embedding.hpp"
 #include "kernels/loss.hpp"
-#include "kernels/norm.hpp"
 
 namespace arcus {
 namespace {
@@ -29,6 +28,10 @@ Transformer::Transformer(const ModelConfig& model, const RoutingConfig& routing,
   embedding_ = registry.add({.name = "model.embed_tokens.weight",
                              .shape = {model.vocab_size, model.hidden_size},
                              .leaves_per_micro_batch = model.tie_embeddings ? chunks + 1 : 1});
+  if (model.position == "learned") {
+    positions_ = registry.add({.name = "model.embed_positions.weight",
+                               .shape = {model.max_positions, model.hidden_size}});
+  }
   blocks_.reserve(static_cast<std::size_t>(model.num_layers));
   for (std::int64_t layer = 0; layer < model.num_layers; ++layer) {
     const LayerRouting own = routing_of_layer(model, routing, overrides, layer);
@@ -36,10 +39,7 @@ Transformer::Transformer(const ModelConfig& model, const RoutingConfig& routing,
     layer_model.topk = own.topk;
     blocks_.emplace_back(layer_model, own.routing, layer, registry);
   }
-  final_norm_ = registry.add({.name = "model.norm.weight",
-                              .shape = {model.hidden_size},
-                              .keep_accumulate_type = true,
-                              .init = ParamInit::ones});
+  final_norm_.emplace(model, "model.norm", registry);
   if (!model.tie_embeddings) {
     head_ = registry.add({.name = "lm_head.weight",
                           .shape = {model.vocab_size, model.hidden_size},
@@ -73,21 +73,39 @@ std::int64_t Transformer::head_chunk_rows() const { return chunk_rows_for(model_
 TensorView Transformer::embed(PassContext& ctx, const ParamStore& params) const {
   const TensorView x = allocate_padded(ctx.saved, params.compute_dtype(), ctx.batch.num_tokens(),
                                        model_.hidden_size);
-  embedding_forward(ctx.stream,
-                    {.out = x, .table = params.values(embedding_), .ids = ctx.batch.ids});
+  embedding_forward(ctx.stream, {.out = x,
+                                 .table = params.values(embedding_),
+                                 .ids = ctx.batch.ids,
+                                 .position_table = params.values(positions_),
+                                 .position = ctx.batch.position});
   return x;
 }
 
 TensorView Transformer::final_norm(PassContext& ctx, const ParamStore& params, ConstTensorView x,
-                                   TensorView& inv_rms) const {
+                                   TensorView& stats) const {
   const TensorView h = allocate_padded(ctx.saved, x.dtype, x.rows, x.cols);
-  inv_rms = ctx.saved.allocate(accumulate_dtype(x.dtype), x.rows, 1);
-  rmsnorm_forward(ctx.stream, {.y = h,
-                               .inv_rms = inv_rms,
-                               .x = x,
-                               .gain = params.values(final_norm_),
-                               .eps = model_.norm_eps});
+  stats = final_norm_->allocate(ctx.saved, x.rows, x.dtype);
+  final_norm_->forward(ctx, params, h, stats, x);
   return h;
+}
+
+void Transformer::embedding_leaves(PassContext& ctx, const ParamStore& params,
+                                   ConstTensorView dx) const {
+  const auto add = [&](ParamRef table, ConstTensorView ids) {
+    const GradientSum sum = params.sums(table);
+    if (sum.sum == nullptr) return;
+    const ArenaScope scope(ctx.scratch);
+    const std::int64_t rows = params.registry().row(table).shape[0];
+    embedding_backward(ctx.stream,
+                       {.dtable = sum,
+                        .dout = dx,
+                        .ids = ids,
+                        .vocab_size = rows,
+                        .scratch = ctx.scratch.allocate(DType::i32, 1, rows + 1 + dx.rows),
+                        .micro_batch = ctx.batch.number});
+  };
+  add(embedding_, ctx.batch.ids);
+  add(positions_, ctx.batch.position);
 }
 
 /// Token losses of h [T, H] in chunks of rows; with dh (not empty) also its gradient and the head's
@@ -149,19 +167,13 @@ void Transformer::train(PassContext& ctx, const ParamStore& params, TokenDispatc
     ctx.saved.release(kept);
     ctx.rows.release(rows);
   }
-  TensorView inv_rms;
+  TensorView stats;
   const ConstTensorView x = inputs.back();
-  const TensorView h = final_norm(ctx, params, x, inv_rms);
+  const TensorView h = final_norm(ctx, params, x, stats);
   TensorView dx = allocate_padded(ctx.saved, compute, tokens, model_.hidden_size);
   TensorView dnext = allocate_padded(ctx.saved, compute, tokens, model_.hidden_size);
   head_loss(ctx, params, h, dnext, ctx.saved.allocate(accumulate_dtype(compute), 1, tokens));
-  rmsnorm_backward(ctx.stream, {.dx = dx,
-                                .dgain = params.sums(final_norm_),
-                                .dy = dnext,
-                                .x = x,
-                                .inv_rms = inv_rms,
-                                .gain = params.values(final_norm_),
-                                .micro_batch = ctx.batch.number});
+  final_norm_->backward(ctx, params, dx, dnext, {}, x, stats);
   for (std::size_t l = blocks_.size(); l-- > 0;) {
     ctx.layer = static_cast<std::int64_t>(l);
     const RoundScope again(ctx);
@@ -173,16 +185,7 @@ void Transformer::train(PassContext& ctx, const ParamStore& params, TokenDispatc
     blocks_[l].backward(ctx, params, dispatcher, dnext, dx, inputs[l], saved[l]);
     std::swap(dx, dnext);
   }
-  if (const GradientSum sum = params.sums(embedding_); sum.sum != nullptr) {
-    const ArenaScope scope(ctx.scratch);
-    embedding_backward(
-        ctx.stream, {.dtable = sum,
-                     .dout = dx,
-                     .ids = ctx.batch.ids,
-                     .vocab_size = model_.vocab_size,
-                     .scratch = ctx.scratch.allocate(DType::i32, 1, model_.vocab_size + 1 + tokens),
-                     .micro_batch = ctx.batch.number});
-  }
+  embedding_leaves(ctx, params, dx);
 }
 
 TensorView Transformer::hidden_states(PassContext& ctx, const ParamStore& params,
@@ -199,8 +202,8 @@ TensorView Transformer::hidden_states(PassContext& ctx, const ParamStore& params
     blocks_[l].forward(ctx, params, dispatcher, next, x, saved, false);
     std::swap(x, next);
   }
-  TensorView inv_rms;
-  return final_norm(ctx, params, x, inv_rms);
+  TensorView stats;
+  return final_norm(ctx, params, x, stats);
 }
 
 void Transformer::evaluate(PassContext& ctx, const ParamStore& params, TokenDispatcher& dispatcher,
@@ -238,8 +241,8 @@ void Transformer::decode(PassContext& ctx, const ParamStore& params, TokenDispat
     blocks_[l].decode(ctx, params, dispatcher, next, x, caches[l]);
     std::swap(x, next);
   }
-  TensorView inv_rms;
-  const TensorView h = final_norm(ctx, params, x, inv_rms);
+  TensorView stats;
+  const TensorView h = final_norm(ctx, params, x, stats);
   linear_forward(ctx.stream,
                  {.y = logits, .x = h, .weight = params.values(head_weight()), .few_rows = true});
 }
@@ -284,13 +287,16 @@ RoundMemory Transformer::count_round(std::int64_t num_tokens, std::int64_t rows,
   }
   const std::int64_t tail_begin = saved.used();
   allocate_padded(saved, compute, num_tokens, 3 * h);
-  saved.allocate(acc, 2, num_tokens);
+  saved.allocate(acc, 1, num_tokens);
+  final_norm_->allocate(saved, num_tokens, compute);
   if (training && recompute) saved.allocate_bytes(transient + num_tokens * h * 8 + 4096);
   if (!training)
     saved.allocate_bytes(std::max<std::int64_t>(0, transient - saved.used() + tail_begin));
   const std::int64_t chunk = std::min(head_chunk_rows(), std::max<std::int64_t>(1, num_tokens));
   scratch.allocate(acc, chunk + padded_rows(chunk), model_.vocab_size);
-  scratch.allocate(DType::i32, 1, model_.vocab_size + 1 + num_tokens);
+  scratch.allocate(
+      DType::i32, 1,
+      std::max(model_.vocab_size, positions_.valid() ? model_.max_positions : 0) + 1 + num_tokens);
   return {saved.peak(), scratch.peak() + (1 << 16), row_memory.peak()};
 }
 
@@ -346,16 +352,19 @@ double Transformer::training_flops_per_token(std::int64_t seq_len) const {
   const auto d = [](std::int64_t n) { return static_cast<double>(n); };
   const double h = d(model_.hidden_size);
   const double q = d(model_.num_heads * model_.head_dim);
+  const auto ffn = [&](std::int64_t ff_size) {
+    return d(ffn_shape(model_, ff_size).weight_elements());
+  };
   double weights = d(model_.vocab_size) * h;
   for (const Block& block : blocks_) {
     weights += h * (2 * q + 2 * d(block.attention().kv_size()));
     if (!block.is_moe()) {
-      weights += 3 * h * d(model_.dense_ff_size);
+      weights += ffn(model_.dense_ff_size);
       continue;
     }
-    weights += block.routed_share() * (h * d(model_.num_experts) +
-                                       3 * h * d(model_.expert_ff_size) *
-                                           d(block.active_experts() + model_.num_shared_experts));
+    weights += block.routed_share() *
+               (h * d(model_.num_experts) +
+                ffn(model_.expert_ff_size) * d(block.active_experts() + model_.num_shared_experts));
   }
   // Two products of [S, D] by [D, S] per head and layer, half of them masked.
   const double attention = d(model_.num_layers) * 2 * d(seq_len) * q;

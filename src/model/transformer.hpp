@@ -2,6 +2,7 @@
 
 #include <functional>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "src/model/block.hpp"
@@ -71,16 +72,19 @@ class Transformer {
   TensorView hidden_states(PassContext& ctx, const ParamStore& params,
                            TokenDispatcher& dispatcher) const;
   TensorView final_norm(PassContext& ctx, const ParamStore& params, ConstTensorView x,
-                        TensorView& inv_rms) const;
+                        TensorView& stats) const;
+  /// The leaves of the embedding and of learned positions, from the gradient of `embed`.
+  void embedding_leaves(PassContext& ctx, const ParamStore& params, ConstTensorView dx) const;
   void head_loss(PassContext& ctx, const ParamStore& params, ConstTensorView h, TensorView dh,
                  TensorView token_loss) const;
   std::int64_t head_chunk_rows() const;
   ParamRef head_weight() const { return head_.valid() ? head_ : embedding_; }
 
   ModelConfig model_;
-  ParamRef embedding_;
+  ParamRef embedding_, positions_;
   std::vector<Block> blocks_;
-  ParamRef final_norm_, head_;
+  std::optional<Norm> final_norm_;  ///< always there, declared after the blocks
+  ParamRef head_;
 };
 
 }  // namespace arcus

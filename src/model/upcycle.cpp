@@ -17,7 +17,7 @@ std::string dense_name(const std::string& tensor) {
   return name.erase(tensor.find(kExperts), kExperts.size());
 }
 
-bool is_gated(const ModelConfig&) { return true; }
+bool is_gated(const ModelConfig& model) { return model.activation == "swiglu"; }
 
 /// Multiplies by `scale` and adds normal numbers of `noise` times the root mean square.
 void scale_and_disturb(std::span<float> values, double scale, double noise, const Rng& rng,

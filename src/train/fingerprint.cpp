@@ -13,7 +13,7 @@
 namespace arcus {
 namespace {
 
-InstanceOptions small_instance(DType compute, std::int64_t num_experts) {
+InstanceOptions small_instance(const ModelConfig& model, DType compute, std::int64_t num_experts) {
   InstanceOptions o{.compute = compute, .micro_batch_seqs = 2, .seq_len = 80};
   o.model.vocab_size = 96;
   o.model.hidden_size = 64;
@@ -26,6 +26,12 @@ InstanceOptions small_instance(DType compute, std::int64_t num_experts) {
   o.model.num_shared_experts = 1;
   o.model.shared_expert_gate = true;
   o.model.qkv_bias = true;
+  o.model.norm = model.norm;
+  o.model.activation = model.activation;
+  o.model.mlp_bias = model.mlp_bias;
+  o.model.o_bias = model.o_bias;
+  o.model.position = model.position;
+  o.model.max_positions = model.position == "learned" ? o.seq_len : 0;
   o.model = resolve(o.model, o.model.vocab_size);
   o.routing.renormalize = num_experts > 1;
   o.routing.z_loss = 1e-3;
@@ -75,16 +81,16 @@ void hash_step(const InstanceOptions& options, int num_threads, StreamHash& hash
 
 }  // namespace
 
-std::string arithmetic_fingerprint(DType compute, int num_threads) {
+std::string arithmetic_fingerprint(const ModelConfig& model, DType compute, int num_threads) {
   StreamHash hash;
   for (const std::int64_t experts : {1, 4})
-    hash_step(small_instance(compute, experts), num_threads, hash);
+    hash_step(small_instance(model, compute, experts), num_threads, hash);
   return fmt::format("{} {} {}", hex(hash.digest()), name_of(compute), backend_description());
 }
 
-std::string check_fingerprints(Communicator& world, Stream& stream, DType compute,
-                               bool reproducible) {
-  std::string mine = arithmetic_fingerprint(compute, stream.num_threads());
+std::string check_fingerprints(Communicator& world, Stream& stream, const ModelConfig& model,
+                               DType compute, bool reproducible) {
+  std::string mine = arithmetic_fingerprint(model, compute, stream.num_threads());
   const std::vector<std::string> all = gather_texts(world, stream, mine);
   std::string different;
   for (std::size_t rank = 1; rank < all.size(); ++rank) {

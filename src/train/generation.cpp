@@ -70,6 +70,7 @@ class Decoder {
       sequence.reserve(sequence.size() + static_cast<std::size_t>(options.max_new_tokens));
     }
     max_len_ = static_cast<std::int64_t>(longest) + options.max_new_tokens;
+    check_length(static_cast<std::int64_t>(longest));
     done_.assign(sequences_.size(), false);
     const auto n = static_cast<std::int64_t>(sequences_.size());
     const DType compute = instance.options().compute;
@@ -95,6 +96,20 @@ class Decoder {
   }
 
  private:
+  /// The last token is not read again, so it needs no position.
+  void check_length(std::int64_t longest) const {
+    const ModelConfig& model = instance_.options().model;
+    if (model.position != "learned") return;
+    const std::int64_t left = model.max_positions + 1 - longest;
+    ARCUS_REQUIRE(left > 0, ExitCode::usage,
+                  "a prompt of {} tokens exceeds the {} positions that the model knows "
+                  "(model.max_positions); shorten it",
+                  longest, model.max_positions);
+    ARCUS_REQUIRE(options_.max_new_tokens <= left, ExitCode::usage,
+                  "{} tokens after a prompt of {} exceed the {} positions that the model knows "
+                  "(model.max_positions); ask for at most {} (--max-tokens)",
+                  options_.max_new_tokens, longest, model.max_positions, left);
+  }
   /// Rank 0 decides; the others follow.
   bool all_done() {
     std::int64_t done = std::all_of(done_.begin(), done_.end(), [](bool d) { return d; }) ? 1 : 0;

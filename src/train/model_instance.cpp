@@ -89,6 +89,7 @@ ModelInstance::ModelInstance(ProcessGroups groups, Stream& stream, const Instanc
       balance_(options.model, options.routing, options.overrides,
                {options.training ? options.num_micro_batches : 0, micro_batch_tokens()},
                groups_.world->rank(), groups_.world->size()) {
+  check_positions(options.model, options.seq_len);
   transformer_ =
       std::make_unique<Transformer>(options.model, options.routing, options.overrides,
                                     options.training ? micro_batch_tokens() : 0, registry_);
@@ -120,15 +121,14 @@ PassContext ModelInstance::pass(const MicroBatch& batch, MicroBatchStats& stats)
 }
 
 Communicator& ModelInstance::group(FlatId flat) {
-  return flat == FlatId::expert_compute ? *groups_.edp : *groups_.world;
+  return of_experts(flat) ? *groups_.edp : *groups_.world;
 }
 
 void ModelInstance::apply_groups() {
   std::vector<bool> matched(options_.groups.size());
   for (ParamRow& row : registry_.mutable_rows()) {
     // Decay applies to tensors of two or more dimensions.
-    const bool matrix = row.shape.size() >= (row.kind == ParamKind::expert ? 3U : 2U);
-    const double usual_decay = matrix ? options_.weight_decay : 0;
+    const double usual_decay = row.is_matrix() ? options_.weight_decay : 0;
     row.weight_decay = usual_decay;
     for (std::size_t g = 0; g < options_.groups.size(); ++g) {
       const ParamGroupConfig& group = options_.groups[g];
@@ -219,7 +219,7 @@ std::vector<ByteRow> ModelInstance::byte_rows() const {
 
 std::vector<StateView> ModelInstance::parameter_views() {
   staging_.clear();
-  std::array<TensorView, 3> flats;
+  std::array<TensorView, kFlatIds.size()> flats;
   for (const FlatId flat : kFlatIds) {
     flats[index_of(flat)] = params_->flat_values(flat);
     if (params_->dtype(flat) != DType::bf16) continue;

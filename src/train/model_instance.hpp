@@ -62,7 +62,7 @@ class ModelInstance {
 
   std::int64_t micro_batch_tokens() const { return options_.micro_batch_seqs * options_.seq_len; }
   const FlatShards& shards(FlatId flat) const { return shards_[index_of(flat)]; }
-  /// The group over which a flat is shared out: the world for dense ones, EDP for experts.
+  /// The group over which a flat is shared out: the world for dense ones, EDP for experts'.
   Communicator& group(FlatId flat);
   /// Bytes this rank has sent over all its groups.
   std::int64_t sent_bytes() const {
@@ -101,7 +101,7 @@ class ModelInstance {
   std::unique_ptr<TokenDispatcher> dispatcher_;
   std::unique_ptr<Arena> rows_, saved_, scratch_;
   std::vector<std::unique_ptr<Arena>> staging_;
-  std::array<FlatShards, 3> shards_;
+  std::array<FlatShards, kFlatIds.size()> shards_;
 };
 
 }  // namespace arcus

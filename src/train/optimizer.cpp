@@ -40,12 +40,14 @@ void Optimizer::plan_norm() {
   const ExpertPartition& experts = instance_->dispatcher().experts();
   const int ep = experts.num_ranks();
   const int world = instance_->world().size();
-  std::vector<FlatShards> expert_shards;
-  expert_shards.reserve(static_cast<std::size_t>(ep));
-  for (int r = 0; r < ep; ++r) {
-    expert_shards.push_back(
-        make_shards(registry.blocks(FlatId::expert_compute, experts.begin(r), experts.count(r)),
-                    registry.expert_flat_size(experts.count(r)), world / ep));
+  // Of every flat of experts, by rank of the EP group.
+  std::array<std::vector<FlatShards>, kFlatIds.size()> expert_shards;
+  for (const FlatId flat : kFlatIds) {
+    for (int r = 0; of_experts(flat) && r < ep; ++r) {
+      expert_shards[index_of(flat)].push_back(
+          make_shards(registry.blocks(flat, experts.begin(r), experts.count(r)),
+                      registry.expert_flat_size(flat, experts.count(r)), world / ep));
+    }
   }
   std::int64_t position = 0;
   for (int rank = 0; rank < world; ++rank) {
@@ -56,9 +58,11 @@ void Optimizer::plan_norm() {
         norm_order_.push_back({row.first_unit_idx + block.unit, block.block_in_unit, position++});
       }
     };
-    add(instance_->shards(FlatId::dense_accumulate).owned(rank));
-    add(instance_->shards(FlatId::dense_compute).owned(rank));
-    add(expert_shards[static_cast<std::size_t>(rank % ep)].owned(rank / ep));
+    for (const FlatId flat : kFlatIds) {
+      add(of_experts(flat)
+              ? expert_shards[index_of(flat)][static_cast<std::size_t>(rank % ep)].owned(rank / ep)
+              : instance_->shards(flat).owned(rank));
+    }
     norm_counts_.push_back(position - norm_offsets_.back());
   }
   norm_parts_.resize(static_cast<std::size_t>(position));

@@ -51,7 +51,7 @@ class Optimizer {
 
   ModelInstance* instance_;
   TrainConfig config_;
-  std::array<Flat, 3> flats_;
+  std::array<Flat, kFlatIds.size()> flats_;
   std::vector<NormBlock> norm_order_;
   std::vector<double> norm_parts_;
   std::vector<std::int64_t> norm_counts_, norm_offsets_;

@@ -58,6 +58,43 @@ TEST(Embedding, ForwardTakesRows) {
   expect_rows_of_the_table<bf16>();
 }
 
+template <class T>
+void expect_positions_added_once_rounded() {
+  Stream one(1);
+  Stream three(3);
+  for (const Case& c : kCases) {
+    const Matrix<T> table = as<T>(normals(c.vocab, c.cols, 3));
+    const Matrix<T> places = as<T>(normals(c.tokens + 1, c.cols, 4), 1);
+    const Ints ids = ids_of(c);
+    Ints position(1, c.tokens);
+    for (std::int64_t t = 0; t < c.tokens; ++t) {
+      position.at(0, t) =
+          static_cast<std::int32_t>(draw(5, static_cast<std::uint64_t>(t), c.tokens + 1));
+    }
+    Matrix<T> out(c.tokens, c.cols, 2);
+    Matrix<T> again(c.tokens, c.cols, 2);
+    EmbeddingForward args{
+        .out = out, .table = table, .ids = ids, .position_table = places, .position = position};
+    embedding_forward(one, args);
+    args.out = again;
+    embedding_forward(three, args);
+    EXPECT_TRUE(again.same_bits(out));
+    for (std::int64_t t = 0; t < c.tokens; ++t) {
+      for (std::int64_t i = 0; i < c.cols; ++i) {
+        const Acc<T> sum = static_cast<Acc<T>>(table.at(ids.at(0, t), i)) +
+                           static_cast<Acc<T>>(places.at(position.at(0, t), i));
+        ASSERT_EQ(to_double(out.at(t, i)), to_double(static_cast<T>(sum)));
+      }
+    }
+    EXPECT_TRUE(out.padding_untouched());
+  }
+}
+TEST(Embedding, ForwardAddsPositions) {
+  expect_positions_added_once_rounded<double>();
+  expect_positions_added_once_rounded<float>();
+  expect_positions_added_once_rounded<bf16>();
+}
+
 /// Tokens of a row added in token order, in the accumulate type.
 template <class T>
 void expect_leaf_in_token_order() {
@@ -135,6 +172,12 @@ TEST(Embedding, RefusesIdsOutsideTheVocabulary) {
     const Matrix<float> table = filled<float>(5, 2, 0);
     EXPECT_THROW(embedding_forward(stream, {.out = out, .table = table, .ids = ids}), Error);
     EXPECT_THROW(backward(stream, out, ids, 5, filled<float>(5, 2, 0)), Error);
+    const Ints first = filled<std::int32_t>(1, 1, 0);
+    EXPECT_THROW(
+        embedding_forward(
+            stream,
+            {.out = out, .table = table, .ids = first, .position_table = table, .position = ids}),
+        Error);
   }
 }
 

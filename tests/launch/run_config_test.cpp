@@ -171,10 +171,29 @@ TEST(RunConfig, CrossFieldRulesNameFieldsValuesAndARemedy) {
       {{"model.topk=9"}, "model.topk (9) exceeds model.num_experts (8)"},
       {{"model.topk=1"}, "routing.renormalize"},
       {{"model.num_kv_heads=3"}, "model.num_kv_heads (3)"},
+      {{"model.head_dim=5"}, "model.head_dim (5) must be even"},
+      {{"model.position=learned"},
+       "model.position is \"learned\" and model.max_positions is 0; set max_positions to"},
+      {{"model.position=learned", "model.max_positions=255"},
+       "train.seq_len (256) exceeds model.max_positions (255), the positions that the model "
+       "learns; set seq_len to at most 255"},
       {{"routing.min_capacity=100000"}, "routing.min_capacity (100000) exceeds the 512 tokens"},
   };
   EXPECT_EQ(usage_error([] { validate(Config()); }), "");
   expect_refused(bad);
+}
+
+TEST(RunConfig, BlocksLikeGpt2sAreAccepted) {
+  Config config;
+  for (const char* assignment :
+       {"model.norm=layer", "model.activation=gelu_new", "model.mlp_bias=true", "model.o_bias=true",
+        "model.position=learned", "model.max_positions=256", "model.head_dim=5"}) {
+    apply_set(config, assignment);
+  }
+  EXPECT_EQ(usage_error([&] { validate(config); }), "");
+  apply_set(config, "model.position=none");
+  apply_set(config, "model.max_positions=0");
+  EXPECT_EQ(usage_error([&] { validate(config); }), "");
 }
 
 TEST(RunConfig, RoutingsThatMakeNoSenseAreRefusedWithOneThatDoes) {

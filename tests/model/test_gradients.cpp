@@ -64,7 +64,7 @@ class GradientCheck {
     loss();
     loss();
     instance_.params().complete_sums(stream_);
-    std::array<std::vector<double>, 3> analytic;
+    std::array<std::vector<double>, kFlatIds.size()> analytic;
     for (const FlatId flat : kFlatIds) {
       const auto sums = instance_.params().flat_sums(flat).span<double>();
       analytic[index_of(flat)].assign(sums.begin(), sums.end());
@@ -84,7 +84,7 @@ class GradientCheck {
     for (const ParamRow& row : instance_.registry().rows()) {
       const TensorView flat = instance_.params().flat_values(row.flat);
       const bool gate = row.name.find("mlp.gate.") != std::string::npos;
-      const double scale = row.shape.size() == 1 ? 0.3 : gate ? 40 : 12;
+      const double scale = !row.is_matrix() ? 0.3 : gate ? 40 : 12;
       for (std::int64_t unit = 0; unit < row.num_units(); ++unit) {
         double* values = flat.as<double>() + row.offset + unit * row.expert_stride;
         for (std::int64_t i = 0; i < row.unit_elements(); ++i) {
@@ -200,6 +200,19 @@ TEST_P(Gradients, EqualDifferences) {
   EXPECT_EQ(check.dropped() > 0, capacity);
 }
 
+/// The block of GPT-2.
+void like_gpt2(SmallModel& s) {
+  s.model.norm = "layer";
+  s.model.norm_eps = 1e-5;
+  s.model.activation = "gelu_new";
+  s.model.qk_norm = "none";
+  s.model.num_kv_heads = s.model.num_heads;
+  s.model.qkv_bias = s.model.o_bias = s.model.mlp_bias = true;
+  s.model.position = "learned";
+  s.model.max_positions = s.seq_len;
+  s.model.tie_embeddings = true;
+}
+
 const Variant kVariants[] = {
     {"plain", [](SmallModel&) {}},
     {"not_renormalized", [](SmallModel& s) { s.routing.renormalize = false; }},
@@ -256,6 +269,42 @@ const Variant kVariants[] = {
      [](SmallModel& s) {
        s.recompute = true;
        s.routing.capacity_factor = 0.75;
+     }},
+    {"layer_norm", [](SmallModel& s) { s.model.norm = "layer"; }},
+    {"swiglu_biases",
+     [](SmallModel& s) {
+       s.model.mlp_bias = s.model.o_bias = true;
+       s.model.num_shared_experts = 1;
+     }},
+    {"gelu", [](SmallModel& s) { s.model.activation = "gelu"; }},
+    {"no_positions", [](SmallModel& s) { s.model.position = "none"; }},
+    {"gpt2", like_gpt2},
+    {"gpt2_dense",
+     [](SmallModel& s) {
+       like_gpt2(s);
+       s.model.first_k_dense = s.model.num_layers;
+       s.model.dense_ff_size = 10;
+     }},
+    {"gpt2_without_biases",
+     [](SmallModel& s) {
+       like_gpt2(s);
+       s.model.qkv_bias = s.model.o_bias = s.model.mlp_bias = false;
+     }},
+    {"gpt2_drops_recompute",
+     [](SmallModel& s) {
+       like_gpt2(s);
+       s.model.first_k_dense = 1;
+       s.model.num_layers = 3;
+       s.model.num_shared_experts = 1;
+       s.model.shared_expert_gate = true;
+       s.model.activation = "gelu";
+       s.recompute = true;
+       s.routing.capacity_factor = 0.75;
+     }},
+    {"gpt2_two_level",
+     [](SmallModel& s) {
+       like_gpt2(s);
+       s.routing.stream = "threshold";
      }},
     {"everything",
      [](SmallModel& s) {
