@@ -118,6 +118,36 @@ TEST_F(RunTools, ConvertChangesTheNumberOfExpertsAndNothingElseDoes) {
   EXPECT_EQ(taken.code, 64) << taken.out;
 }
 
+TEST_F(RunTools, BlocksLikeGpt2sTrainConvertAndGenerate) {
+  const std::string blocks =
+      "--set model.norm=layer --set model.activation=gelu_new --set model.qkv_bias=true --set "
+      "model.o_bias=true --set model.mlp_bias=true --set model.qk_norm=none --set "
+      "model.num_kv_heads=4 --set model.tie_embeddings=true --set model.position=learned --set "
+      "model.max_positions=32 --set routing.capacity_factor=0";
+  const ShellResult trained = arcus(2, train("gpt2", blocks));
+  ASSERT_EQ(trained.code, 0) << trained.out;
+  const std::string run = run_dir("gpt2").string();
+  const std::string same = run_dir("gpt2_same").string();
+  ASSERT_EQ(arcus(3, "convert " + run + " --num-experts 8 --topk 4 --noise 0 --out " + same).code,
+            0);
+  const auto bits = [](const std::string& table) {
+    return std::stod(table.substr(table.find_last_of(' ')));
+  };
+  EXPECT_NEAR(bits(arcus(0, "eval " + same).out), bits(arcus(2, "eval " + run).out), 1e-4);
+
+  const std::string generate = "generate " + run + " --ignore-eos --prompt ab --max-tokens ";
+  const ShellResult text = arcus(0, generate + "30");
+  EXPECT_EQ(text.code, 0) << text.out;
+  EXPECT_EQ(arcus(2, generate + "30").out, text.out);
+  const ShellResult beyond = arcus(0, generate + "31");
+  EXPECT_EQ(beyond.code, 64) << beyond.out;
+  EXPECT_TRUE(contains(beyond.out, "ask for at most 30 (--max-tokens)")) << beyond.out;
+  const ShellResult longer = arcus(0, train("gpt2_longer", blocks + " --set train.seq_len=40"));
+  EXPECT_EQ(longer.code, 64) << longer.out;
+  EXPECT_TRUE(contains(longer.out, "train.seq_len (40) exceeds model.max_positions (32)"))
+      << longer.out;
+}
+
 /// A script that stands for `mpirun arcus train`: fails as often as the file of its name says.
 class Supervise : public RunTools {
  protected:

@@ -7,6 +7,7 @@
 #include <map>
 #include <optional>
 
+#include "tests/support/gpt2_blocks.hpp"
 #include "tests/support/model_fixture.hpp"
 #include "tests/support/routing_cases.hpp"
 
@@ -200,18 +201,7 @@ TEST_P(Gradients, EqualDifferences) {
   EXPECT_EQ(check.dropped() > 0, capacity);
 }
 
-/// The block of GPT-2.
-void like_gpt2(SmallModel& s) {
-  s.model.norm = "layer";
-  s.model.norm_eps = 1e-5;
-  s.model.activation = "gelu_new";
-  s.model.qk_norm = "none";
-  s.model.num_kv_heads = s.model.num_heads;
-  s.model.qkv_bias = s.model.o_bias = s.model.mlp_bias = true;
-  s.model.position = "learned";
-  s.model.max_positions = s.seq_len;
-  s.model.tie_embeddings = true;
-}
+void like_gpt2(SmallModel& s) { use_gpt2_blocks(s.model, s.seq_len); }
 
 const Variant kVariants[] = {
     {"plain", [](SmallModel&) {}},

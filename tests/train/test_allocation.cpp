@@ -10,6 +10,7 @@
 #include <atomic>
 #include <cerrno>
 
+#include "tests/support/gpt2_blocks.hpp"
 #include "tests/support/routing_cases.hpp"
 #include "tests/support/training_fixture.hpp"
 
@@ -131,6 +132,23 @@ TEST(Allocation, AWarmStepAllocatesNothing) {
       options.model.num_shared_experts = 1;
       count_in_steps(dataset, options);
       expect_nothing_allocated(fmt::format("{}, capacity_factor {}", dtype, capacity_factor));
+    }
+  }
+}
+
+TEST(Allocation, NorWithBlocksLikeGpt2s) {
+  const TemporaryFolder folder("arcus_allocation");
+  const TokenDataset dataset = small_dataset(folder.path());
+  for (const char* dtype : compute_dtypes()) {
+    for (const bool recompute : {false, true}) {
+      TrainerOptions options = small_training();
+      options.train.dtype = dtype;
+      options.train.recompute = recompute;
+      use_gpt2_blocks(options.model, options.train.seq_len);
+      options.model.num_shared_experts = 1;
+      options.model.first_k_dense = 1;
+      count_in_steps(dataset, options);
+      expect_nothing_allocated(fmt::format("{}, recompute {}", dtype, recompute));
     }
   }
 }

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <tuple>
 
+#include "tests/support/gpt2_blocks.hpp"
 #include "tests/support/routing_cases.hpp"
 #include "tests/support/training_fixture.hpp"
 
@@ -37,6 +38,13 @@ const Variant kVariants[] = {
        o.routing.gate_bias = true;
        o.routing.capacity_factor = 1.25;
        o.train.recompute = true;
+     }},
+    {"gpt2",
+     [](TrainerOptions& o) {
+       use_gpt2_blocks(o.model, o.train.seq_len);
+       o.model.num_shared_experts = 1;
+       o.model.first_k_dense = 1;
+       o.routing.capacity_factor = 1.0;
      }},
 };
 

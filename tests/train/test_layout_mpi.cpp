@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include "tests/support/gpt2_blocks.hpp"
 #include "tests/support/mpi_test.hpp"
 #include "tests/support/routing_cases.hpp"
 #include "tests/support/training_fixture.hpp"
@@ -25,12 +26,19 @@ void expect_bits_of_one_rank(const TrainerOptions& options, std::int64_t steps) 
   }
 }
 
-class LayoutMpi : public ::testing::TestWithParam<double> {};
+class CapacityLayoutMpi : public ::testing::TestWithParam<double> {};
 
-TEST_P(LayoutMpi, SameBitsAsOneRank) {
+TEST_P(CapacityLayoutMpi, SameBitsAsOneRank) {
   TrainerOptions options = small_training();
   options.routing.capacity_factor = GetParam();
   expect_bits_of_one_rank(options, 20);
+}
+
+TEST(LayoutMpi, BlocksLikeGpt2sHaveTheBitsOfOneRank) {
+  TrainerOptions options = small_training();
+  use_gpt2_blocks(options.model, options.train.seq_len);
+  options.model.first_k_dense = 1;
+  expect_bits_of_one_rank(options, 10);
 }
 
 /// Every row of the routing tables.
@@ -44,7 +52,7 @@ TEST_P(RoutingLayoutMpi, SameBitsAsOneRank) {
 
 INSTANTIATE_TEST_SUITE_P(Tables, RoutingLayoutMpi, ::testing::ValuesIn(routing_cases()),
                          [](const auto& param) { return param.param.name; });
-INSTANTIATE_TEST_SUITE_P(CapacityFactors, LayoutMpi, ::testing::Values(0.0, 1.0));
+INSTANTIATE_TEST_SUITE_P(CapacityFactors, CapacityLayoutMpi, ::testing::Values(0.0, 1.0));
 
 }  // namespace
 }  // namespace arcus::testing

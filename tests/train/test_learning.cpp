@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include "src/train/run_loop.hpp"
+#include "tests/support/gpt2_blocks.hpp"
 #include "tests/support/training_fixture.hpp"
 
 namespace arcus::testing {
@@ -39,14 +40,17 @@ TEST_F(Learning, MemorisesOneMicroBatch) {
   prepare(prepared, {});
   const TokenDataset two_windows = TokenDataset::open(prepared.out);
   ASSERT_EQ(two_windows.file(0, Split::train).num_tokens(), 2 * options.train.seq_len + 1);
-  TrainingRun run(*self_, 1, options, two_windows);
-  run.trainer().initialize();
-  double loss = 0;
-  for (int step = 0; step < 60; ++step) {
-    StepRequests requests;
-    loss = run.trainer().step(run.sampler(), requests).ce;
+  for (const bool gpt2 : {false, true}) {
+    if (gpt2) use_gpt2_blocks(options.model, options.train.seq_len);
+    TrainingRun run(*self_, 1, options, two_windows);
+    run.trainer().initialize();
+    double loss = 0;
+    for (int step = 0; step < 60; ++step) {
+      StepRequests requests;
+      loss = run.trainer().step(run.sampler(), requests).ce;
+    }
+    EXPECT_LT(loss, 0.1) << (gpt2 ? "blocks of GPT-2" : "plain blocks");
   }
-  EXPECT_LT(loss, 0.1);
 }
 
 TEST_F(Learning, FollowsTheStoredCurve) {
@@ -207,6 +211,13 @@ TEST_F(Learning, EvaluationAloneFitsItsMemoryPlan) {
       options.model.num_shared_experts = 1;
       options.model.shared_expert_gate = true;
       options.routing.renormalize = false;
+      evaluate_alone(options);
+      options = small_training();
+      options.train.dtype = dtype;
+      options.train.seq_len = seq_len;
+      use_gpt2_blocks(options.model, seq_len);
+      options.model.num_shared_experts = 1;
+      options.model.first_k_dense = 1;
       evaluate_alone(options);
     }
   }

@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "tests/support/gpt2_blocks.hpp"
 #include "tests/support/training_fixture.hpp"
 
 namespace arcus::testing {
@@ -17,6 +18,21 @@ struct Layout {
 
 class Resume : public ::testing::Test {
  protected:
+  using Legs = std::vector<std::pair<Layout, Layout>>;
+  void expect_two_halves(const TrainerOptions& options, const Legs& legs) {
+    auto self = make_self_communicator();
+    const auto whole = trace_of_run(*self, 1, options, dataset_, 2 * kHalf);
+    for (const auto& [first, second] : legs) {
+      std::filesystem::remove_all(folder_.path() / "checkpoints");
+      auto lines = leg(first, options, kHalf);
+      lines.pop_back();
+      for (std::string& line : leg(second, options, kHalf)) lines.push_back(std::move(line));
+      EXPECT_EQ(lines, whole) << options.train.dtype << ", norm " << options.model.norm << ": "
+                              << first.ranks << " ranks EP " << first.ep << ", then "
+                              << second.ranks << " ranks EP " << second.ep;
+    }
+  }
+
   TemporaryFolder folder_{"arcus_resume"};
   TokenDataset dataset_ = small_dataset(folder_.path());
 
@@ -48,22 +64,12 @@ TEST_F(Resume, TwoHalvesOnOtherLayoutsAreTheWhole) {
     TrainerOptions options = small_training();
     options.routing.capacity_factor = 1.0;
     options.train.dtype = dtype;
-    auto self = make_self_communicator();
-    const auto whole = trace_of_run(*self, 1, options, dataset_, 2 * kHalf);
-    for (const auto& [first, second] : {std::pair<Layout, Layout>{{1, 1}, {3, 3}},
-                                        {{4, 2}, {1, 1}},
-                                        {{2, 2}, {4, 4}},
-                                        {{3, 1}, {2, 1}}}) {
-      std::filesystem::remove_all(folder_.path() / "checkpoints");
-      auto lines = leg(first, options, kHalf);
-      lines.pop_back();
-      for (std::string& line : leg(second, options, kHalf)) lines.push_back(std::move(line));
-      EXPECT_EQ(lines, whole) << dtype << ": " << first.ranks << " ranks EP " << first.ep
-                              << ", then " << second.ranks << " ranks EP " << second.ep;
-    }
+    expect_two_halves(options,
+                      {{{1, 1}, {3, 3}}, {{4, 2}, {1, 1}}, {{2, 2}, {4, 4}}, {{3, 1}, {2, 1}}});
+    use_gpt2_blocks(options.model, options.train.seq_len);
+    expect_two_halves(options, {{{4, 2}, {3, 3}}});
   }
 }
-
 TEST_F(Resume, AnyTensorCanBeFrozen) {
   TrainerOptions options = small_training();
   options.model.num_shared_experts = 1;
@@ -72,6 +78,10 @@ TEST_F(Resume, AnyTensorCanBeFrozen) {
   options.model.dense_ff_size = 24;
   options.model.qkv_bias = true;
   options.routing.gate_bias = true;
+  options.model.norm = "layer";
+  options.model.o_bias = options.model.mlp_bias = true;
+  options.model.position = "learned";
+  options.model.max_positions = options.train.seq_len;
   auto self = make_self_communicator();
   std::vector<std::string> names;
   {
