@@ -61,6 +61,9 @@ void WriteBehind::wrote(std::int64_t offset, std::int64_t bytes) {
     ::sync_file_range(
         descriptor_, oldest.offset, oldest.bytes,
         SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
+    // Nobody reads it again soon: its pages serve the pieces that follow, and training's data stay
+    // in memory.
+    ::posix_fadvise(descriptor_, oldest.offset, oldest.bytes, POSIX_FADV_DONTNEED);
     bytes_under_way_ -= oldest.bytes;
     under_way_.pop_front();
   }

@@ -84,6 +84,13 @@ constexpr std::array kFamilies{
            .experts = false,
            .qk_norm = "head",
            .qkv_bias = true},
+    Family{.name = "gpt2",
+           .hf_class = "GPT2LMHeadModel",
+           .gguf_arch = "gpt2",
+           .spelling = Spelling::gpt2,
+           .experts = false,
+           .qk_norm = "none",
+           .qkv_bias = true},
 };
 
 std::string text(bool value) { return value ? "true" : "false"; }
