@@ -51,7 +51,7 @@ inline float widened(std::uint16_t half) {
   const std::uint32_t rest = std::uint32_t{half & 0x7FFFU} << 13;
   const std::uint32_t normal = rest + ((127U - 15U) << 23);
   const std::uint32_t special = rest + ((255U - 31U) << 23);
-  // The fraction f of a subnormal stands for f 2^-24: as the fraction of 2^-14 it is off by that.
+  // The fraction f of a subnormal means f 2^-24; under the exponent -14 it means 2^-14 more.
   const float subnormal = std::bit_cast<float>(rest + (113U << 23)) - 0x1p-14F;
   const std::uint32_t exponent = rest & (31U << 23);
   const std::uint32_t bits = exponent == 0             ? std::bit_cast<std::uint32_t>(subnormal)

@@ -233,8 +233,8 @@ FileTensor read_tensor(Cursor& cursor, std::uint32_t alignment, const std::strin
     cursor.fail("begins at byte {} of the data, no multiple of the alignment {}", offset,
                 alignment);
   }
-  if (!std::in_range<std::int64_t>(offset)) {
-    cursor.fail("begins at byte {} of the data, beyond 2^63", offset);
+  if (offset > std::uint64_t{1} << 62) {
+    cursor.fail("begins at byte {} of the data, beyond 2^62", offset);
   }
   tensor.offset = static_cast<std::int64_t>(offset);
   return tensor;
@@ -251,11 +251,7 @@ std::vector<FileTensor> read_tensors(Cursor& cursor, std::uint64_t count, std::u
   }
   const auto data_begin =
       static_cast<std::int64_t>((cursor.at() + alignment - 1) / alignment * alignment);
-  for (FileTensor& tensor : tensors) {
-    // An offset at which the sum would pass 2^63 lies behind any file's end without it as well.
-    const std::int64_t most = std::numeric_limits<std::int64_t>::max() - data_begin;
-    tensor.offset = std::min(tensor.offset, most) + data_begin;
-  }
+  for (FileTensor& tensor : tensors) tensor.offset += data_begin;
   return tensors;
 }
 
@@ -292,8 +288,8 @@ std::uint32_t alignment_of(const fs::path& path, const std::map<std::string, Ggu
 /// `wanted`: what the caller takes the key for.
 [[noreturn]] void fail_kind(const fs::path& path, const std::string& key, const GgufValue& value,
                             const char* wanted) {
-  ARCUS_FAIL(ExitCode::data, "{}: the key {} is {}, not {}", path.string(), key, kind_of(value),
-             wanted);
+  ARCUS_FAIL(ExitCode::data, "{}: the key {} is {}, not {}", path.string(), shown(key),
+             kind_of(value), wanted);
 }
 
 /// fn(integer) for an integer of any width; false for other values.
@@ -342,7 +338,7 @@ std::int64_t GgufFile::integer(const std::string& key,
   std::int64_t integer = 0;
   const bool found = with_integer(*value, [&](auto held) {
     ARCUS_REQUIRE(std::in_range<std::int64_t>(held), ExitCode::data,
-                  "{}: the key {} is {}, beyond 2^63", path().string(), key, held);
+                  "{}: the key {} is {}, beyond 2^63", path().string(), shown(key), held);
     integer = static_cast<std::int64_t>(held);
   });
   if (!found) fail_kind(path(), key, *value, "an integer");
@@ -397,7 +393,7 @@ std::vector<float> GgufFile::numbers(const std::string& key) const {
     const bool fits =
         !std::isfinite(number) || std::abs(number) <= double{std::numeric_limits<float>::max()};
     ARCUS_REQUIRE(fits, ExitCode::data, "{}: the key {} holds {}, too large for a float",
-                  path().string(), key, number);
+                  path().string(), shown(key), number);
     numbers.push_back(static_cast<float>(number));
   }
   return numbers;
@@ -413,7 +409,7 @@ std::vector<std::string> GgufFile::texts(const std::string& key) const {
 const GgufValue* GgufFile::find_key(const std::string& key, bool may_be_absent) const {
   const auto found = keys_.find(key);
   if (found != keys_.end()) return &found->second;
-  ARCUS_REQUIRE(may_be_absent, ExitCode::data, "{} lacks the key {}", path().string(), key);
+  ARCUS_REQUIRE(may_be_absent, ExitCode::data, "{} lacks the key {}", path().string(), shown(key));
   return nullptr;
 }
 

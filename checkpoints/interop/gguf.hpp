@@ -54,7 +54,7 @@ class GgufFile final : public TensorFile {
 class GgufWriter {
  public:
   /// `keys` in this order; `tensors`: name (< 64 bytes), type and shape of all that will be
-  /// written, in the order of the data.
+  /// written, in the order of the data. The shape {} becomes {1}: GGML has no other scalars.
   GgufWriter(const std::filesystem::path& path,
              const std::vector<std::pair<std::string, GgufValue>>& keys,
              std::vector<FileTensor> tensors);

@@ -82,7 +82,8 @@ void put_tensors(std::vector<FileTensor>& tensors, Description& description) {
     check_name("tensor", tensor.name, kMostNameBytes, taken);
     ARCUS_CHECK(tensor.shape.size() <= kMostDims, "{} has {} dimensions, GGUF knows up to {}",
                 tensor.name, tensor.shape.size(), kMostDims);
-    if (!tensor.shape.empty()) bytes_of(tensor.type, tensor.shape.back());  // whole blocks a row
+    if (tensor.shape.empty()) tensor.shape = {1};
+    bytes_of(tensor.type, tensor.shape.back());  // throws where a row is not whole blocks
     tensor.bytes = bytes_of(tensor.type, tensor.num_elements());
     tensor.offset = end;
     end = aligned(end + tensor.bytes);
