@@ -359,8 +359,8 @@ const Family& find_family(Keys& keys) {
     if (family.name == type) return family;
     known += fmt::format("{}{}", known.empty() ? "" : ", ", family.name);
   }
-  ARCUS_FAIL(ExitCode::data, "{}: model_type \"{}\" is not supported; these are: {}", keys.source(),
-             type, known);
+  ARCUS_FAIL(ExitCode::data, "{}: model_type {} is not supported; these are: {}", keys.source(),
+             keys.shown(type), known);
 }
 
 }  // namespace
