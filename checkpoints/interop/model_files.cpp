@@ -73,7 +73,7 @@ std::vector<std::int64_t> essential(std::vector<std::int64_t> shape) {
 }
 
 /// Tables of rotations, and GPT-2's masks.
-bool follows_from_config(const std::string& tensor, bool gpt2) {
+bool follows_from_config(std::string_view tensor, bool gpt2) {
   return tensor.ends_with("rotary_emb.inv_freq") ||
          (gpt2 && (tensor.ends_with(".attn.bias") || tensor.ends_with(".attn.masked_bias")));
 }
@@ -108,7 +108,7 @@ void ModelFiles::open_directory(const fs::path& path, const std::set<std::string
   const bool gpt2 = described_.family->spelling == Spelling::gpt2;
   for (const std::string& name : shard_names(path)) {
     files_.push_back(std::make_unique<SafetensorsFile>(
-        path / name, [=](const std::string& tensor) { return follows_from_config(tensor, gpt2); }));
+        path / name, [=](std::string_view tensor) { return follows_from_config(tensor, gpt2); }));
   }
   for (const std::string& name : hf_tokenizer_file_names()) {
     if (fs::exists(path / name)) tokenizer_files_[name] = read_file(path / name);
