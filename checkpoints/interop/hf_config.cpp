@@ -405,6 +405,10 @@ void check_described(const DescribedModel& described, const std::string& source)
   ARCUS_REQUIRE(p.model.num_layers <= 10000 && p.model.num_experts <= (1 << 20), ExitCode::data,
                 "{}: {} layers of {} experts is no model that can be", source, p.model.num_layers,
                 p.model.num_experts);
+  ARCUS_REQUIRE(p.model.vocab_size > 0 && p.model.vocab_size < (std::int64_t{1} << 31) &&
+                    p.model.dense_ff_size > 0,
+                ExitCode::data, "{}: a vocabulary of {} and dense layers {} wide are no model",
+                source, p.model.vocab_size, p.model.dense_ff_size);
   try {
     validate(p.model, p.routing);
   } catch (const Error& error) {
