@@ -6,8 +6,8 @@
 #include <nlohmann/json.hpp>
 #include <regex>
 
-#include "checkpoints/interop/json_text.hpp"
 #include "src/base/error.hpp"
+#include "src/data/checked_json.hpp"
 
 namespace arcus {
 namespace {
@@ -18,7 +18,9 @@ using ordered = nlohmann::ordered_json;
 /// The keys of one config.json, each asked for by name: what nobody asked for is an error.
 class Keys {
  public:
-  Keys(json object, std::string source) : object_(std::move(object)), source_(std::move(source)) {}
+  Keys(json object, std::string source) : object_(std::move(object)), source_(std::move(source)) {
+    ARCUS_REQUIRE(object_.is_object(), ExitCode::data, "{}: it is no JSON object", source_);
+  }
 
   bool has(const std::string& key) {
     used_.insert(key);
@@ -367,7 +369,7 @@ const Family& find_family(Keys& keys) {
 
 DescribedModel read_hf_config(std::string_view text, const std::string& source,
                               const std::set<std::string>& ignored) {
-  Keys keys(parse_json_object(text, source), source);
+  Keys keys(parse_checked_json(source, text), source);
   DescribedModel d;
   d.family = &find_family(keys);
   const bool gpt2 = d.family->spelling == Spelling::gpt2;

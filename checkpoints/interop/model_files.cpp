@@ -7,9 +7,9 @@
 #include <regex>
 
 #include "checkpoints/interop/gguf_config.hpp"
-#include "checkpoints/interop/json_text.hpp"
 #include "checkpoints/interop/safetensors.hpp"
 #include "src/base/error.hpp"
+#include "src/data/checked_json.hpp"
 
 namespace arcus {
 namespace {
@@ -31,9 +31,9 @@ std::vector<std::string> shard_names(const fs::path& directory) {
                 "{}: neither model.safetensors nor model.safetensors.index.json is there; is it "
                 "a Hugging Face directory, and is it complete?",
                 directory.string());
-  const nlohmann::json json = parse_json_object(read_file(index), index.string());
-  ARCUS_REQUIRE(json.contains("weight_map") && json["weight_map"].is_object(), ExitCode::data,
-                "{}: weight_map is missing", index.string());
+  const nlohmann::json json = parse_checked_json(index.string(), read_file(index));
+  ARCUS_REQUIRE(json.is_object() && json.contains("weight_map") && json["weight_map"].is_object(),
+                ExitCode::data, "{}: weight_map is missing", index.string());
   std::set<std::string> names;
   for (const auto& [tensor, file] : json["weight_map"].items()) {
     ARCUS_REQUIRE(file.is_string(), ExitCode::data, "{}: the file of {} is no text", index.string(),

@@ -4,7 +4,10 @@
 
 #include "src/base/error.hpp"
 #include "src/base/hash.hpp"
+#include "src/data/json_tokenizer.hpp"
+#include "src/data/sentencepiece_tokenizer.hpp"
 #include "src/data/spm_tokenizer.hpp"
+#include "src/data/tokenizer_files.hpp"
 #include "src/data/utf8.hpp"
 
 namespace arcus {
@@ -48,6 +51,10 @@ class ByteTokenizer final : public Tokenizer {
 
 }  // namespace
 
+std::size_t Tokenizer::cut(std::string_view text, std::size_t target) const {
+  return encode_cut(text, target);
+}
+
 std::uint64_t Tokenizer::hash() const {
   const std::string model = serialized();
   return hash_text(kind() + ':' + hex(hash_text(model)));
@@ -56,7 +63,15 @@ std::uint64_t Tokenizer::hash() const {
 std::unique_ptr<Tokenizer> load_tokenizer(const std::string& kind, const std::string& serialized) {
   if (kind == "bytes") return std::make_unique<ByteTokenizer>();
   if (kind == "spm") return std::make_unique<SpmTokenizer>(serialized);
-  ARCUS_FAIL(ExitCode::data, "unknown tokenizer kind \"{}\"; known: bytes, spm", kind);
+  if (kind == "tokenizer_json") {
+    return std::make_unique<JsonTokenizer>(unpack_tokenizer_files(serialized));
+  }
+  if (kind == "sentencepiece") {
+    return std::make_unique<SentencePieceTokenizer>(unpack_tokenizer_files(serialized));
+  }
+  ARCUS_FAIL(ExitCode::data,
+             "unknown tokenizer kind \"{}\"; known: bytes, spm, tokenizer_json, sentencepiece",
+             kind);
 }
 
 std::size_t encode_cut(std::string_view text, std::size_t target) {
