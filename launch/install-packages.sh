@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes sure that the Debian packages for a purpose are there, and installs those that are missing
-# where this user may. Purposes: build, test, text, study, cluster (see the lists below).
+# where this user may. Purposes: build, test, text, study, cluster, fuzz (see the lists below).
 #
 #   launch/install-packages.sh build test
 set -eu
@@ -15,6 +15,8 @@ text_packages="xz-utils libreadline8"
 study_packages="jq gnuplot-nox"
 # For tests, which start daemons of their own.
 cluster_packages="slurmctld slurmd slurm-client munge"
+# For tests that feed readers of files with changed ones.
+fuzz_packages="clang libclang-rt-dev"
 
 packages_for() {
   case "$1" in
@@ -23,8 +25,9 @@ packages_for() {
     text) echo $text_packages ;;
     study) echo $study_packages ;;
     cluster) echo $cluster_packages ;;
+    fuzz) echo $fuzz_packages ;;
     *)
-      echo "install-packages.sh: unknown purpose $1; there are build, test, text, study and cluster" >&2
+      echo "install-packages.sh: unknown purpose $1; there are build, test, text, study, cluster and fuzz" >&2
       exit 64
       ;;
   esac

@@ -27,6 +27,8 @@ done
 launch/install-packages.sh build test study
 launch/install-packages.sh cluster ||
   echo "tests/run.sh: without these packages the tests on a Slurm cluster are left out" >&2
+launch/install-packages.sh fuzz ||
+  echo "tests/run.sh: without these packages the fuzz tests are left out" >&2
 cmake --preset "$preset"
 cmake --build --preset "$preset"
 # Ranks share few cores here: one that waits must leave its core to the others.

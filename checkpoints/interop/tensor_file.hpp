@@ -71,5 +71,7 @@ class TensorFile {
 /// `values` as the file's bytes: rounded to nearest, ties to even, for f16 and bf16. Not for
 /// blocks. A finite value that a 16-bit type cannot hold throws (data), `what` names it.
 std::string encode(FileType type, std::span<const float> values, std::string_view what);
+/// The other way: `bytes` hold out.size() numbers, whole blocks of them where the type has blocks.
+void decode(FileType type, std::string_view bytes, std::span<float> out);
 
 }  // namespace arcus

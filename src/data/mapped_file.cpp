@@ -64,10 +64,11 @@ void MappedFile::expect_sequential() const {
   if (data_ != nullptr) ::madvise(data_, size_, MADV_SEQUENTIAL);
 }
 
-void MappedFile::release_before(std::size_t end) const {
+void MappedFile::release(std::size_t begin, std::size_t end) const {
   const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
-  const std::size_t whole = std::min(end, size_) / page * page;
-  if (whole > 0) ::madvise(data_, whole, MADV_DONTNEED);
+  const std::size_t first = (begin + page - 1) / page * page;
+  const std::size_t last = std::min(end, size_) / page * page;
+  if (first < last) ::madvise(static_cast<char*>(data_) + first, last - first, MADV_DONTNEED);
 }
 
 }  // namespace arcus

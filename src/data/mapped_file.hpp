@@ -23,7 +23,9 @@ class MappedFile {
   /// For a reader that goes through the file once: read ahead.
   void expect_sequential() const;
   /// Lets go of the pages that lie wholly in front of `end`; they can be read again.
-  void release_before(std::size_t end) const;
+  void release_before(std::size_t end) const { release(0, end); }
+  /// The same for pages that lie wholly in [begin, end).
+  void release(std::size_t begin, std::size_t end) const;
 
  private:
   void* data_ = nullptr;

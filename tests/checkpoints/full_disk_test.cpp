@@ -1,42 +1,16 @@
-#include <fcntl.h>
-#include <sys/mount.h>
-#include <sys/resource.h>
-
 #include <atomic>
-#include <csignal>
 
 #include "src/base/hdf5.hpp"
 #include "tests/checkpoints/fixture.hpp"
+#include "tests/support/small_disk.hpp"
 
 namespace arcus::test {
 namespace {
 
 namespace fs = std::filesystem;
-
-/// Files of this process cannot grow beyond `bytes` while this lives.
-class FileSizeLimit {
- public:
-  explicit FileSizeLimit(std::uint64_t bytes) {
-    std::signal(SIGXFSZ, SIG_IGN);
-    ::getrlimit(RLIMIT_FSIZE, &before_);
-    rlimit limit = before_;
-    limit.rlim_cur = bytes;
-    ::setrlimit(RLIMIT_FSIZE, &limit);
-  }
-  ~FileSizeLimit() { ::setrlimit(RLIMIT_FSIZE, &before_); }
-
- private:
-  rlimit before_{};
-};
-
-int open_files_in(const fs::path& folder) {
-  int count = 0;
-  for (const auto& entry : fs::directory_iterator("/proc/self/fd")) {
-    std::error_code ignored;
-    if (fs::read_symlink(entry.path(), ignored).string().starts_with(folder.string())) ++count;
-  }
-  return count;
-}
+using testing::FileSizeLimit;
+using testing::open_files_in;
+using testing::SmallDisk;
 
 /// Saves at three ranks; the messages of the ranks that failed.
 std::vector<std::string> try_to_save(const fs::path& run_dir, std::int64_t step) {
@@ -110,32 +84,6 @@ TEST(FullDisk, TheIndexAloneDoesNotFit) {
   EXPECT_EQ(failed, 3);
   EXPECT_EQ(names_in(run.path() / "checkpoints"), std::vector<std::string>{});
 }
-
-/// A small file system of its own.
-class SmallDisk {
- public:
-  explicit SmallDisk(std::int64_t bytes) {
-    mounted_ = ::mount("tmpfs", folder_.path().c_str(), "tmpfs", 0,
-                       ("size=" + std::to_string(bytes)).c_str()) == 0;
-  }
-  ~SmallDisk() {
-    if (mounted_) ::umount(folder_.path().c_str());
-  }
-  bool mounted() const { return mounted_; }
-  const fs::path& path() const { return folder_.path(); }
-  /// Leaves `bytes` free.
-  void fill_up_to(std::int64_t bytes) const {
-    const auto free = static_cast<std::int64_t>(fs::space(path()).available);
-    const int file = ::open((path() / "filler").c_str(), O_CREAT | O_WRONLY | O_TRUNC, 0666);
-    EXPECT_EQ(::posix_fallocate(file, 0, std::max<std::int64_t>(1, free - bytes)), 0);
-    ::close(file);
-  }
-  void make_room() const { fs::remove(path() / "filler"); }
-
- private:
-  TemporaryFolder folder_;
-  bool mounted_ = false;
-};
 
 TEST(FullDisk, NoSpaceLeft) {
   const SmallDisk disk(64 << 20);
