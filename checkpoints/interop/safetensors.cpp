@@ -222,14 +222,14 @@ void check_range(const fs::path& path, const Entry& entry) {
 }
 
 /// In the order of the data, without gaps, to the end of the file.
-void check_contiguous(const fs::path& path, const std::vector<Entry*>& entries,
+void check_contiguous(const fs::path& path, const std::vector<Entry>& entries,
                       std::int64_t data_bytes) {
   std::int64_t end = 0;
-  for (const Entry* entry : entries) {
-    ARCUS_REQUIRE(entry->begin() == end, ExitCode::data,
+  for (const Entry& entry : entries) {
+    ARCUS_REQUIRE(entry.begin() == end, ExitCode::data,
                   "{}: tensor {} begins at byte {} of the data, the one in front of it ends at {}",
-                  path.string(), shown(entry->name), entry->begin(), end);
-    end = entry->end();
+                  path.string(), shown(entry.name), entry.begin(), end);
+    end = entry.end();
   }
   if (end > data_bytes) {
     file_checks::fail_short(
@@ -247,26 +247,24 @@ SafetensorsFile::SafetensorsFile(const fs::path& path, const Ignored& ignored) :
   HeaderParser parser(path);
   nlohmann::json::sax_parse(header.begin(), header.end(), &parser);
   metadata_ = std::move(parser.metadata);
-  std::vector<Entry*> entries;
-  for (Entry& entry : parser.entries) entries.push_back(&entry);
   std::ranges::stable_sort(
-      entries, {}, [](const Entry* entry) -> const auto& { return *entry->data_offsets; });
-  for (const Entry* entry : entries) check_range(path, *entry);
+      parser.entries, {}, [](const Entry& entry) { return std::pair(entry.begin(), entry.end()); });
+  for (const Entry& entry : parser.entries) check_range(path, entry);
   const auto data_begin = static_cast<std::int64_t>(8 + header.size());
-  check_contiguous(path, entries, std::ssize(contents()) - data_begin);
+  check_contiguous(path, parser.entries, std::ssize(contents()) - data_begin);
 
   std::vector<FileTensor> tensors;
-  for (Entry* entry : entries) {
-    if (ignored && ignored(entry->name)) continue;
-    const auto type = type_row(path, *entry).type;
+  for (Entry& entry : parser.entries) {
+    if (ignored && ignored(entry.name)) continue;
+    const auto type = type_row(path, entry).type;
     ARCUS_REQUIRE(type.has_value(), ExitCode::data,
                   "{}: tensor {} has the type {}; Arcus reads F32, F16 and BF16: convert it first",
-                  path.string(), shown(entry->name), *entry->dtype);
-    tensors.push_back({.name = std::move(entry->name),
+                  path.string(), shown(entry.name), *entry.dtype);
+    tensors.push_back({.name = std::move(entry.name),
                        .type = *type,
-                       .shape = std::move(*entry->shape),
-                       .offset = data_begin + entry->begin(),
-                       .bytes = entry->end() - entry->begin()});
+                       .shape = std::move(*entry.shape),
+                       .offset = data_begin + entry.begin(),
+                       .bytes = entry.end() - entry.begin()});
   }
   set_tensors(std::move(tensors));
 }

@@ -520,4 +520,63 @@ JsonTokenizer::Spelling JsonTokenizer::spelling() const {
   return spelling;
 }
 
+namespace {
+
+std::string words_of(const PreTokenizer& pre_tokenizer, std::string_view text) {
+  std::string joined;
+  pre_tokenizer.for_each_word(text, Place::first, [&](std::string_view word) {
+    joined += joined.empty() ? "" : "|";
+    joined += word;
+  });
+  return joined;
+}
+
+}  // namespace
+
+bool JsonTokenizer::puts_blank_in_front() const {
+  const std::string text = words_of(pre_tokenizer_, normalizer_.apply("x", false));
+  return text == "\xE2\x96\x81x";
+}
+
+/// Asked on texts, since there are several ways to say it.
+bool JsonTokenizer::is_plain_sentencepiece() const {
+  if (!whole_words_.empty() || normalizer_.is_nfc() || !normalizer_.is_local()) return false;
+  const std::string prefix = puts_blank_in_front() ? "\xE2\x96\x81" : "";
+  const auto expected = [&](std::string_view text) {
+    std::string result = prefix;
+    for (const char c : text) result += c == ' ' ? "\xE2\x96\x81" : std::string(1, c);
+    return result;
+  };
+  for (const char* text : {"a", "a b", "a  b\n\n1234 e\xCC\x81 ", "\xE2\x84\xAB\t x."}) {
+    std::string got = words_of(pre_tokenizer_, normalizer_.apply(text, false));
+    // Where no merge begins a piece's second half with a blank, splitting there changes nothing.
+    if (pre_tokenizer_.splits_at_blanks()) std::erase(got, '|');
+    if (got != expected(text)) return false;
+  }
+  if (!pre_tokenizer_.splits_at_blanks()) return true;
+  const Model model(files_.at(kFile));
+  return std::none_of(model.merges.begin(), model.merges.end(),
+                      [](const auto& merge) { return merge.second.starts_with("\xE2\x96\x81"); });
+}
+
+bool JsonTokenizer::post_processor_adds_bos() const {
+  const std::string bos = read_special_tokens(files_).bos;
+  const json root = parse_checked_json(kFile, files_.at(kFile));
+  if (bos.empty() || !root.contains("post_processor")) return false;
+  std::vector<json> steps{root.at("post_processor")};
+  if (steps.front().is_object() && steps.front().contains("processors")) {
+    const json list = steps.front().at("processors");
+    steps.assign(list.begin(), list.end());
+  }
+  return std::any_of(steps.begin(), steps.end(), [&](const json& step) {
+    if (!step.is_object() || !step.contains("single") || !step.at("single").is_array() ||
+        step.at("single").empty()) {
+      return false;
+    }
+    const json& first = step.at("single").front();
+    return first.is_object() && first.contains("SpecialToken") &&
+           first.at("SpecialToken").value("id", json()) == bos;
+  });
+}
+
 }  // namespace arcus

@@ -49,6 +49,12 @@ class JsonTokenizer final : public Tokenizer {
     const PreTokenizer* pre_tokenizer = nullptr;
   };
   Spelling spelling() const;
+  /// With byte fallback: a blank in front of every text, and whether that and U+2581 for blanks is
+  /// all that happens to a text before it is merged as a whole.
+  bool puts_blank_in_front() const;
+  bool is_plain_sentencepiece() const;
+  /// Whether the post-processor puts the BOS token of tokenizer_config.json before a text.
+  bool post_processor_adds_bos() const;
 
  private:
   struct Model;  ///< what tokenizer.json's "model" says

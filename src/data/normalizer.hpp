@@ -16,6 +16,7 @@ class Normalizer {
   Normalizer(const std::string& file, const nlohmann::json& node);
 
   bool empty() const { return steps_.empty(); }
+  bool is_nfc() const { return steps_.size() == 1 && steps_[0].kind == Kind::nfc; }
   /// `continued`: the text goes on from one before it, so nothing is put in front.
   std::string apply(std::string_view text, bool continued) const;
   /// Whether what becomes of a character never depends on a blank or a line end after it.
