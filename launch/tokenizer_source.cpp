@@ -3,6 +3,7 @@
 #include <filesystem>
 
 #include "checkpoints/checkpoint.hpp"
+#include "checkpoints/interop/gguf.hpp"
 #include "checkpoints/interop/tokenizer_files.hpp"
 #include "src/base/error.hpp"
 #include "src/data/dataset.hpp"
@@ -49,6 +50,13 @@ std::unique_ptr<Tokenizer> from_model(const fs::path& path) {
   return naming(path.string(), [&] { return tokenizer_from_hf(files); });
 }
 
+std::unique_ptr<Tokenizer> from_gguf(const fs::path& path) {
+  const GgufFile file(path);
+  auto tokenizer = naming(path.string(), [&] { return tokenizer_from_gguf(file); });
+  ARCUS_REQUIRE(tokenizer != nullptr, ExitCode::data, "{} has no vocabulary", path.string());
+  return tokenizer;
+}
+
 std::unique_ptr<Tokenizer> from_checkpoint(const std::string& path) {
   const Checkpoint checkpoint = open_checkpoint(locate_checkpoint(path));
   const auto& extra = checkpoint.info.extra;
@@ -75,6 +83,7 @@ std::unique_ptr<Tokenizer> open_tokenizer_source(const std::string& source) {
   const std::string path = source.substr(colon + 1);
   if (kind == "hf") return from_directory(path);
   if (kind == "model") return from_model(path);
+  if (kind == "gguf") return from_gguf(path);
   if (kind == "checkpoint") return from_checkpoint(path);
   if (kind == "data") return from_dataset(path);
   return nullptr;
