@@ -12,6 +12,7 @@
 #include "launch/checks.hpp"
 #include "launch/commands.hpp"
 #include "launch/progress.hpp"
+#include "launch/tokenizer_source.hpp"
 #include "src/base/error.hpp"
 #include "src/base/log.hpp"
 #include "src/data/prepare.hpp"
@@ -37,7 +38,8 @@ constexpr const char* kFooter =
     "Examples:\n"
     "  arcus prepare --out data/code --domain 'c=/usr/include/**/*.h'\n"
     "  arcus prepare --out data/mix --tokenizer spm:8192 \\\n"
-    "      --domain prose=books/ letters.txt --domain zh=zh/ --separator zh=%";
+    "      --domain prose=books/ letters.txt --domain zh=zh/ --separator zh=%\n"
+    "  arcus prepare --out data/more --tokenizer checkpoint:runs/imported --domain more=texts/";
 
 /// Splits "NAME=VALUE" and calls `set(source, VALUE)` for that domain; without NAME= for all.
 void for_named_domains(const std::string& argument, std::vector<DomainSource>& domains,
@@ -73,6 +75,7 @@ std::int64_t parse_bytes(const std::string& text) {
 PrepareOptions complete(const Arguments& arguments) {
   PrepareOptions options = arguments.options;
   options.spm_sample_bytes = arguments.spm_sample_mib << 20;
+  options.given = open_tokenizer_source(options.tokenizer);
   for (const std::string& argument : arguments.domains) {
     add_domain_argument(argument, options.domains);
   }
@@ -174,7 +177,10 @@ void add_prepare_command(CLI::App& app, Action& action) {
       ->required()
       ->expected(1, 1 << 20)
       ->type_name("NAME=PATH...");
-  command->add_option("--tokenizer", o.tokenizer, "bytes, or spm:VOCAB to train SentencePiece BPE")
+  command
+      ->add_option("--tokenizer", o.tokenizer,
+                   std::string("spm:VOCAB to train SentencePiece BPE, or one that is there: ") +
+                       kTokenizerSources)
       ->capture_default_str()
       ->type_name("KIND");
   command->add_option("--valid-fraction", o.valid_fraction, "share of each domain to hold out")

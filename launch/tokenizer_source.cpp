@@ -3,6 +3,7 @@
 #include <filesystem>
 
 #include "checkpoints/checkpoint.hpp"
+#include "checkpoints/interop/gguf.hpp"
 #include "checkpoints/interop/tokenizer_files.hpp"
 #include "launch/portable.hpp"
 #include "src/base/error.hpp"
@@ -50,6 +51,13 @@ std::unique_ptr<Tokenizer> from_model(const fs::path& path) {
   return naming(path.string(), [&] { return tokenizer_from_hf(files); });
 }
 
+std::unique_ptr<Tokenizer> from_gguf(const fs::path& path) {
+  const GgufFile file(path);
+  auto tokenizer = naming(path.string(), [&] { return tokenizer_from_gguf(file); });
+  ARCUS_REQUIRE(tokenizer != nullptr, ExitCode::data, "{} has no vocabulary", path.string());
+  return tokenizer;
+}
+
 std::unique_ptr<Tokenizer> from_checkpoint(const std::string& path) {
   const Checkpoint checkpoint = open_checkpoint(locate_checkpoint(path));
   auto tokenizer =
@@ -74,6 +82,7 @@ std::unique_ptr<Tokenizer> open_tokenizer_source(const std::string& source) {
   const std::string path = source.substr(colon + 1);
   if (kind == "hf") return from_directory(path);
   if (kind == "model") return from_model(path);
+  if (kind == "gguf") return from_gguf(path);
   if (kind == "checkpoint") return from_checkpoint(path);
   if (kind == "data") return from_dataset(path);
   return nullptr;

@@ -10,9 +10,9 @@ namespace arcus {
 /// What a command line may name as a tokenizer besides one to train.
 inline constexpr const char* kTokenizerSources =
     "bytes, hf:DIR (a Hugging Face directory or its tokenizer.json), model:FILE (a tokenizer.model "
-    "of SentencePiece), checkpoint:PATH or data:DIR";
+    "of SentencePiece), gguf:FILE, checkpoint:PATH or data:DIR";
 
-/// "bytes", "hf:DIR", "hf:DIR/tokenizer.json", "model:FILE", "checkpoint:PATH" (a run
+/// "bytes", "hf:DIR", "hf:DIR/tokenizer.json", "model:FILE", "gguf:FILE", "checkpoint:PATH" (a run
 /// or a checkpoint) or "data:DIR" (a data set); null for anything else. Throws where there is none.
 std::unique_ptr<Tokenizer> open_tokenizer_source(const std::string& source);
 

@@ -8,6 +8,7 @@
 #include "checkpoints/interop/tokenizer_files.hpp"
 #include "checkpoints/interop/tokenizer_json.hpp"
 #include "src/base/error.hpp"
+#include "src/data/checked_json.hpp"
 #include "src/data/json_tokenizer.hpp"
 #include "src/data/sentencepiece_tokenizer.hpp"
 #include "src/data/utf8.hpp"
@@ -168,7 +169,7 @@ std::string pre_of(const JsonTokenizer::Spelling& spelling) {
   ARCUS_FAIL(ExitCode::data,
              "there is no GGUF pre type for this tokenizer's pre_tokenizer ({}{}): export with "
              "--to hf",
-             patterns.empty() ? "no regular expression" : patterns.front().substr(0, 80),
+             patterns.empty() ? "no regular expression" : excerpt(patterns.front(), 80),
              spelling.ignore_merges ? ", ignore_merges" : "");
 }
 
@@ -189,7 +190,7 @@ std::unordered_map<std::string, float> scores_of_merges(const JsonTokenizer::Spe
     ARCUS_FAIL(ExitCode::data,
                "the merges that make \"{}\" cannot be told by scores, as GGUF's \"llama\" "
                "vocabularies have them, and there is no tokenizer.model: export with --to hf",
-               piece.substr(0, 60));
+               excerpt(piece));
   };
   std::unordered_map<std::string, float> scores;
   std::unordered_set<std::string> pairs;
@@ -231,7 +232,7 @@ GgufVocabulary byte_fallback_vocabulary(const JsonTokenizer& tokenizer,
     for (std::size_t id = 0; id < std::min(v.tokens.size(), spelling.tokens.size()); ++id) {
       ARCUS_REQUIRE(v.tokens[id] == spelling.tokens[id], ExitCode::data,
                     "token {} is \"{}\" in tokenizer.json and \"{}\" in tokenizer.model", id,
-                    spelling.tokens[id].substr(0, 60), v.tokens[id].substr(0, 60));
+                    excerpt(spelling.tokens[id]), excerpt(v.tokens[id]));
     }
   } else {
     const auto scores = scores_of_merges(spelling);
@@ -358,7 +359,7 @@ const KnownPreTokenizer& pre_named(const std::string& name) {
   ARCUS_FAIL(ExitCode::data,
              "the GGUF pre-tokenizer type \"{}\" (tokenizer.ggml.pre) is not supported; known: {} "
              "and others that are the same; import the model's Hugging Face directory instead",
-             name.substr(0, 60), names);
+             excerpt(name), names);
 }
 
 std::unique_ptr<Tokenizer> packed(const std::string& kind, const FileTexts& files) {
@@ -460,7 +461,7 @@ std::unique_ptr<Tokenizer> tokenizer_from_gguf_keys(const Keys& keys) {
   ARCUS_FAIL(ExitCode::data,
              "the GGUF vocabulary is of the kind \"{}\" (tokenizer.ggml.model); gpt2 and llama are "
              "supported: import the model's Hugging Face directory instead",
-             model->substr(0, 60));
+             excerpt(*model));
 }
 
 std::unique_ptr<Tokenizer> tokenizer_from_gguf(const GgufFile& file) {

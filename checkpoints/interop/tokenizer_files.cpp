@@ -37,8 +37,7 @@ std::vector<std::pair<std::string, std::string>> read_merges(const std::string& 
     if (line.starts_with("#version") || line.empty()) continue;
     const std::size_t blank = line.find(' ');
     ARCUS_REQUIRE(blank != std::string::npos, ExitCode::data,
-                  "merges.txt: \"{}\" is not two tokens and a blank between them",
-                  line.substr(0, 60));
+                  "merges.txt: \"{}\" is not two tokens and a blank between them", excerpt(line));
     merges.emplace_back(line.substr(0, blank), line.substr(blank + 1));
   }
   return merges;
@@ -54,7 +53,7 @@ std::vector<std::string> read_vocab(const std::string& text) {
                       tokens[id.get<std::size_t>()].empty() && !token.empty();
     ARCUS_REQUIRE(fits, ExitCode::data,
                   "vocab.json: token \"{}\" has id {}; {} tokens have the ids below, each once",
-                  token.substr(0, 60), id.dump().substr(0, 30), tokens.size());
+                  excerpt(token), id.dump().substr(0, 30), tokens.size());
     tokens[id.get<std::size_t>()] = token;
   }
   return tokens;
@@ -83,7 +82,7 @@ void read_added(const FileTexts& files, JsonVocabulary& vocabulary) {
     if (id == next) vocabulary.tokens.push_back(token.content);
     ARCUS_REQUIRE(id >= 0 && id <= next && vocabulary.tokens[id] == token.content, ExitCode::data,
                   "{}: added token \"{}\" has id {}, which is another's or leaves a gap",
-                  found->first, token.content.substr(0, 60), id);
+                  found->first, excerpt(token.content), id);
     token.id = static_cast<std::int32_t>(id);
     vocabulary.added.push_back(token);
   }
@@ -98,7 +97,7 @@ std::unique_ptr<Tokenizer> from_vocab_and_merges(const FileTexts& files) {
       "vocab.json and merges.txt do not say how text is split, and tokenizer_class \"{}\" "
       "is not known to (GPT2Tokenizer and Qwen2Tokenizer are); save the tokenizer with "
       "transformers' AutoTokenizer, which writes a tokenizer.json",
-      type.substr(0, 60));
+      excerpt(type));
   JsonVocabulary vocabulary{.tokens = read_vocab(files.at("vocab.json")),
                             .merges = read_merges(files.at("merges.txt"))};
   const char* name = type == "GPT2Tokenizer" ? "gpt-2" : "qwen2";

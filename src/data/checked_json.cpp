@@ -42,6 +42,12 @@ const json* member(const json& object, const char* key) {
 
 }  // namespace
 
+std::string excerpt(std::string_view text, std::size_t most) {
+  const std::string escaped =
+      json(std::string(text.substr(0, most))).dump(-1, ' ', false, json::error_handler_t::replace);
+  return escaped.substr(1, escaped.size() - 2);
+}
+
 json parse_checked_json(const std::string& file, std::string_view text) {
   const int nesting = nesting_of(text);
   ARCUS_REQUIRE(nesting <= kDeepest, ExitCode::data,
@@ -61,7 +67,7 @@ json parse_checked_json(const std::string& file, std::string_view text) {
   try {
     return json::parse(text, watch);
   } catch (const json::exception& error) {
-    ARCUS_FAIL(ExitCode::data, "{}: it is no JSON: {:.200}", file, error.what());
+    ARCUS_FAIL(ExitCode::data, "{}: it is no JSON: {}", file, excerpt(error.what(), 120));
   }
 }
 

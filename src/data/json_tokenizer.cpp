@@ -25,7 +25,7 @@ std::int32_t read_id(const json& node, const std::string& token, std::size_t tok
                     node.get<std::int64_t>() < most_ids(tokens);
   ARCUS_REQUIRE(fits, ExitCode::data,
                 "{}: token \"{}\" has id {}; a vocabulary of {} tokens has ids from 0 to below {}",
-                kFile, token.substr(0, 60), node.dump().substr(0, 30), tokens, most_ids(tokens));
+                kFile, excerpt(token), node.dump().substr(0, 30), tokens, most_ids(tokens));
   return node.get<std::int32_t>();
 }
 
@@ -39,7 +39,7 @@ std::pair<std::string, std::string> read_merge(const json& node, std::size_t ran
   const std::size_t blank = text.find(' ');
   ARCUS_REQUIRE(blank != std::string::npos && text.find(' ', blank + 1) == std::string::npos,
                 ExitCode::data, "{}: merge {} is \"{}\", not two tokens and a blank between them",
-                kFile, rank, text.substr(0, 60));
+                kFile, rank, excerpt(text));
   return {text.substr(0, blank), text.substr(blank + 1)};
 }
 
@@ -132,7 +132,7 @@ JsonTokenizer::Model::Model(const std::string& text) : root(parse_checked_json(k
   ARCUS_REQUIRE(type == "BPE", ExitCode::data,
                 "{}: model type \"{}\" is not supported; BPE is, and so is a tokenizer.model of "
                 "SentencePiece",
-                kFile, type.substr(0, 60));
+                kFile, excerpt(type));
   const auto dropout = model.find("dropout");
   ARCUS_REQUIRE(dropout == model.end() || dropout->is_null() || *dropout == 0, ExitCode::data,
                 "{}: a \"dropout\" of merges is not supported; set it to null", kFile);
@@ -208,10 +208,9 @@ void JsonTokenizer::read_added_tokens(const Model& model, const std::string& fil
     const std::int32_t known = model.id_of(token.content);
     ARCUS_REQUIRE(known < 0 || known == token.id, ExitCode::data,
                   "{}: added token \"{}\" has id {}, in the vocabulary it has {}", file,
-                  token.content.substr(0, 60), token.id, known);
+                  excerpt(token.content), token.id, known);
     ARCUS_REQUIRE(!token.content.empty() && seen.insert(token.content).second, ExitCode::data,
-                  "{}: added token \"{}\" is empty or listed twice", file,
-                  token.content.substr(0, 60));
+                  "{}: added token \"{}\" is empty or listed twice", file, excerpt(token.content));
     added_.push_back(std::move(token));
   }
 }
@@ -227,8 +226,8 @@ void JsonTokenizer::find_eos(const Model& model) {
   if (!named.empty()) {
     eos_id_ = id_of(named);
     ARCUS_REQUIRE(eos_id_ >= 0, ExitCode::data,
-                  "the eos_token \"{}\" of tokenizer_config.json is no token of {}",
-                  named.substr(0, 60), kFile);
+                  "the eos_token \"{}\" of tokenizer_config.json is no token of {}", excerpt(named),
+                  kFile);
   }
   for (const std::string_view usual : kUsualEosTokens) {
     if (eos_id_ < 0) eos_id_ = id_of(std::string(usual));
@@ -247,7 +246,7 @@ void JsonTokenizer::read_texts(const Model& model) {
   std::vector<bool> taken(texts_.size());
   for (const auto& [token, id] : model.vocab) {
     ARCUS_REQUIRE(!taken[id], ExitCode::data, "{}: token \"{}\" and another have id {}", kFile,
-                  token.substr(0, 60), id);
+                  excerpt(token), id);
     taken[id] = true;
     std::string& text = texts_[id];
     if (byte_level_) {
@@ -260,8 +259,8 @@ void JsonTokenizer::read_texts(const Model& model) {
   for (const AddedToken& token : added_) {
     const bool own = model.id_of(token.content) < 0;
     ARCUS_REQUIRE(!own || !taken[token.id], ExitCode::data,
-                  "{}: added token \"{}\" and another have id {}", kFile,
-                  token.content.substr(0, 60), token.id);
+                  "{}: added token \"{}\" and another have id {}", kFile, excerpt(token.content),
+                  token.id);
     taken[token.id] = true;
     texts_[token.id] = token.special ? "" : token.content;
   }
@@ -305,7 +304,7 @@ void JsonTokenizer::read_decoder(const Model& model) {
       ARCUS_FAIL(ExitCode::data,
                  "{}: decoder \"{}\" is not supported here; ByteLevel is, and with byte_fallback "
                  "Replace, ByteFallback, Fuse, Metaspace and Strip of blanks at the begin",
-                 kFile, type.substr(0, 60));
+                 kFile, excerpt(type));
     }
   }
 }
@@ -342,7 +341,7 @@ void JsonTokenizer::make_model(const Model& model) {
         !left.empty() && !right.empty() && merge.left >= 0 && merge.right >= 0 && merge.id >= 0,
         ExitCode::data,
         "{}: merge {} joins \"{}\" and \"{}\": both and what they make must be tokens", kFile, rank,
-        left.substr(0, 60), right.substr(0, 60));
+        excerpt(left), excerpt(right));
     if (merge.id != eos_id_) merges.push_back(merge);  // text never gives EOS
   }
   bpe_ = std::make_unique<BpeModel>(byte_level_ ? BpeUnit::byte : BpeUnit::character, texts,

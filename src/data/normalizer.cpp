@@ -85,7 +85,7 @@ void Normalizer::add(const std::string& file, const json& node) {
   } else {
     ARCUS_FAIL(ExitCode::data,
                "{}: normalizer \"{}\" is not supported; NFC, Prepend, Replace and Sequence are",
-               file, type.substr(0, 60));
+               file, excerpt(type));
   }
 }
 

@@ -102,7 +102,7 @@ PreTokenizer::Behavior PreTokenizer::behavior_of(const std::string& file, const 
   if (name == "MergedWithNext") return Behavior::merged_with_next;
   if (name == "Contiguous") return Behavior::contiguous;
   ARCUS_FAIL(ExitCode::data, "{}: pre_tokenizer behavior \"{}\" is not supported", file,
-             name.substr(0, 60));
+             excerpt(name));
 }
 
 void PreTokenizer::add_split(const std::string& file, const std::string& pattern, Behavior behavior,
@@ -120,7 +120,7 @@ void PreTokenizer::add_metaspace(const std::string& file, const json& node) {
   metaspace_ = json_text(file, node, "replacement");
   ARCUS_REQUIRE(!metaspace_.empty() && next_code_point(metaspace_, 0) == metaspace_.size(),
                 ExitCode::data, "{}: Metaspace's replacement \"{}\" is not one character", file,
-                metaspace_.substr(0, 40));
+                excerpt(metaspace_));
   const bool prefix = json_flag(file, node, "add_prefix_space", true);
   const std::string scheme =
       node.contains("prepend_scheme") ? json_text(file, node, "prepend_scheme") : "always";
@@ -128,8 +128,7 @@ void PreTokenizer::add_metaspace(const std::string& file, const json& node) {
   if (prefix && scheme == "always") step.prepend = Prepend::always;
   if (prefix && scheme == "first") step.prepend = Prepend::first;
   ARCUS_REQUIRE(scheme == "always" || scheme == "first" || scheme == "never", ExitCode::data,
-                "{}: Metaspace's prepend_scheme \"{}\" is not supported", file,
-                scheme.substr(0, 60));
+                "{}: Metaspace's prepend_scheme \"{}\" is not supported", file, excerpt(scheme));
   splits_at_blanks_ = json_flag(file, node, "split", true);
   steps_.push_back(step);
   if (splits_at_blanks_) {
@@ -174,7 +173,7 @@ void PreTokenizer::add(const std::string& file, const json& node) {
     ARCUS_FAIL(ExitCode::data,
                "{}: pre_tokenizer \"{}\" is not supported; Split, Digits, Punctuation, Metaspace, "
                "ByteLevel and Sequence are",
-               file, type.substr(0, 60));
+               file, excerpt(type));
   }
 }
 

@@ -3,10 +3,12 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "src/data/documents.hpp"
+#include "src/data/tokenizer.hpp"
 
 namespace arcus {
 
@@ -19,7 +21,8 @@ struct DomainSource {
 
 struct PrepareOptions {
   std::filesystem::path out;
-  std::string tokenizer = "bytes";  ///< "bytes" or "spm:VOCAB"
+  std::string tokenizer = "bytes";         ///< "bytes" or "spm:VOCAB"; what `given` is, for people
+  std::shared_ptr<const Tokenizer> given;  ///< one that is there already
   std::vector<DomainSource> domains;
   double valid_fraction = 0.05;        ///< share of each domain's bytes that is held out
   std::uint64_t seed = 1;              ///< of the choice of held-out documents

@@ -8,6 +8,7 @@
 #include <cctype>
 
 #include "src/base/error.hpp"
+#include "src/data/checked_json.hpp"
 #include "src/data/utf8.hpp"
 
 namespace arcus {
@@ -57,7 +58,7 @@ class Translator {
  private:
   [[noreturn]] void refuse(std::string_view what) const {
     ARCUS_FAIL(ExitCode::data, "the regular expression \"{}\" has {}, which is not supported",
-               in_.substr(0, 200), what);
+               excerpt(in_, 100), what);
   }
   char peek(std::size_t ahead = 0) const {
     return at_ + ahead < in_.size() ? in_[at_ + ahead] : '\0';
@@ -157,7 +158,7 @@ class Translator {
     const bool plausible = !name.empty() && std::all_of(name.begin(), name.end(), [](char c) {
       return std::isalpha(static_cast<unsigned char>(c)) != 0 || c == '_';
     });
-    if (!plausible) refuse(fmt::format("\\p{{{}}}", name.substr(0, 40)));
+    if (!plausible) refuse(fmt::format("\\p{{{}}}", excerpt(name)));
     const bool plain = is_category(name) || name == "Alphabetic" || name == "White_Space";
     replace(end + 1 - at_,
             fmt::format("\\{}{{{}{}}}", inverted ? 'P' : 'p', plain ? "" : "sc:", name));
@@ -220,7 +221,7 @@ class Translator {
     }
     // Elsewhere Oniguruma takes it for all that follows, alternatives too.
     if (rest.starts_with("i)") && at_ == 0) return copy(4);
-    refuse(fmt::format("(?{}", rest.substr(0, 2)));
+    refuse(fmt::format("(?{}", excerpt(rest, 2)));
   }
 
   /// {n}, {n,} and {n,m} mean the same; {,m} is spelled out; what follows one need not.
@@ -305,10 +306,11 @@ Regex::Regex(const std::string& pattern) : pattern_(pattern) {
       pcre2_compile(units(translated), translated.size(),
                     PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NEVER_BACKSLASH_C, &error,
                     &offset, context.get());
-  ARCUS_REQUIRE(code != nullptr, ExitCode::data,
-                "the regular expression \"{}\" is not supported: {} (at \"{}\")",
-                pattern.substr(0, 200), message_of(error),
-                translated.substr(std::min(offset, translated.size()), 20));
+  ARCUS_REQUIRE(
+      code != nullptr, ExitCode::data,
+      "the regular expression \"{}\" is not supported: {} (at \"{}\")", excerpt(pattern, 100),
+      message_of(error),
+      excerpt(std::string_view(translated).substr(std::min(offset, translated.size())), 20));
   pcre2_jit_compile(code, PCRE2_JIT_COMPLETE);  // where it cannot, matching interprets
   code_ = std::shared_ptr<const void>(code, [](const void* held) {
     pcre2_code_free(static_cast<pcre2_code*>(const_cast<void*>(held)));
@@ -330,12 +332,12 @@ void Regex::for_each_match(std::string_view text,
     if (result == PCRE2_ERROR_NOMATCH) return;
     ARCUS_REQUIRE(result >= 0, ExitCode::data,
                   "the regular expression \"{}\" gave up at byte {} of a text: {}",
-                  pattern_.substr(0, 200), from, message_of(result));
+                  excerpt(pattern_, 100), from, message_of(result));
     const PCRE2_SIZE* ends = pcre2_get_ovector_pointer(space.data.get());
     const std::size_t begin = ends[0];
     const std::size_t end = ends[1];
     ARCUS_REQUIRE(begin <= end && begin >= from, ExitCode::data,
-                  "the regular expression \"{}\" matches backwards", pattern_.substr(0, 200));
+                  "the regular expression \"{}\" matches backwards", excerpt(pattern_, 100));
     if (begin == end && end == last_end) {
       if (from == text.size()) return;
       from = next_code_point(text, from);

@@ -24,7 +24,7 @@ std::unique_ptr<sentencepiece::SentencePieceProcessor> load(const std::string& m
   auto processor = std::make_unique<sentencepiece::SentencePieceProcessor>();
   const auto status = processor->LoadFromSerializedProto(view(model));
   ARCUS_REQUIRE(status.ok(), ExitCode::data, "{} ({} bytes) is no SentencePiece model: {}", kFile,
-                model.size(), status.ToString());
+                model.size(), excerpt(status.ToString(), 120));
   return processor;
 }
 
@@ -64,7 +64,7 @@ void SentencePieceTokenizer::read_pieces() {
     if (piece.type == SpmProto::byte) {
       const int byte = byte_of_piece(piece.text);
       ARCUS_REQUIRE(byte >= 0, ExitCode::data, "{}: byte piece {} is \"{}\"", kFile, id,
-                    piece.text.substr(0, 60));
+                    excerpt(piece.text));
       byte_ids_[byte] = static_cast<std::int32_t>(id);
       text = std::string(1, static_cast<char>(byte));
     } else if (piece.type != SpmProto::control && piece.type != SpmProto::unknown) {
@@ -83,7 +83,7 @@ void SentencePieceTokenizer::read_added_tokens() {
     if (id < proto_.pieces.size()) {
       if (proto_.pieces[id].text != token.content) {
         ARCUS_FAIL(ExitCode::data, "{}: added token \"{}\" has the id {} of piece \"{}\"", file,
-                   token.content.substr(0, 60), id, proto_.pieces[id].text.substr(0, 60));
+                   excerpt(token.content), id, excerpt(proto_.pieces[id].text));
       }
     } else {
       if (texts_.size() <= id) texts_.resize(id + 1);
@@ -113,7 +113,7 @@ void SentencePieceTokenizer::read_added_tokens() {
     const json root = parse_checked_json(found->first, found->second);
     for (const auto& [content, id] : root.items()) {
       ARCUS_REQUIRE(id.is_number_integer(), ExitCode::data, "{}: \"{}\" has no id", found->first,
-                    content.substr(0, 60));
+                    excerpt(content));
       add({added_id(found->first, id.get<std::int64_t>(), proto_.pieces.size(), root.size()),
            content},
           found->first);
@@ -136,13 +136,13 @@ void SentencePieceTokenizer::find_eos() {
       if (token.content == named) eos_id_ = token.id;
     }
     ARCUS_REQUIRE(eos_id_ >= 0, ExitCode::data,
-                  "the eos_token \"{}\" of tokenizer_config.json is no piece of {}",
-                  named.substr(0, 60), kFile);
+                  "the eos_token \"{}\" of tokenizer_config.json is no piece of {}", excerpt(named),
+                  kFile);
   }
   const auto eos = static_cast<std::size_t>(eos_id_);
   ARCUS_REQUIRE(eos >= proto_.pieces.size() || proto_.pieces[eos].type == SpmProto::control,
                 ExitCode::data, "{}: the piece \"{}\" that ends a text is no control piece", kFile,
-                proto_.pieces[eos].text.substr(0, 60));
+                excerpt(proto_.pieces[eos].text));
   texts_[eos].clear();
   for (AddedToken& token : added_) token.special = token.special || token.id == eos_id_;
   // Control pieces are special whether or not somebody lists them.

@@ -114,11 +114,11 @@ TokenizerFiles unpack_tokenizer_files(std::string_view packed) {
     const bool plausible = !name.empty() && name.find('\n') == std::string_view::npos &&
                            parsed.ec == std::errc{} && parsed.ptr == digits.end();
     ARCUS_REQUIRE(plausible, ExitCode::data,
-                  "the tokenizer's files are damaged: a file's head is \"{} {}\"",
-                  name.substr(0, 64), digits.substr(0, 64));
+                  "the tokenizer's files are damaged: a file's head is \"{} {}\"", excerpt(name),
+                  excerpt(digits));
     std::string content(unpacker.take(bytes));
     ARCUS_REQUIRE(unpacker.take(1) == "\n" && files.emplace(name, std::move(content)).second,
-                  ExitCode::data, "the tokenizer's files are damaged after {}", name.substr(0, 64));
+                  ExitCode::data, "the tokenizer's files are damaged after {}", excerpt(name));
   }
   return files;
 }
