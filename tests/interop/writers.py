@@ -13,6 +13,7 @@ import numpy as np
 VOCAB, HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 320, 64, 3, 4, 2, 16
 EXPERTS, TOPK, FF, DENSE_FF, SHARED_FF, POSITIONS = 8, 3, 32, 96, 64, 128
 THETA = 50000.0
+ABSENT = object()  # for a key of a configuration that is to be left out
 
 
 # --------------------------------------------------------------------------------------- tokenizer
@@ -181,7 +182,8 @@ def hf_config(kind, s):
     }[kind]()
     if kind in ("glm4_moe", "dots1"):
         del own["num_experts"]
-    return config | own | s["config"]
+    config = config | own | s["config"]
+    return {key: value for key, value in config.items() if value is not ABSENT}
 
 
 def hf_attention(fill, kind, s, at):
