@@ -156,7 +156,10 @@ TEST_F(Faults, AFolderThatTakesNoMoreFilesCostsNoCheckpointThatWasThere) {
     const ShellResult result =
         faulty(2, "RANK=0 CALL=300 ERRNO=" + std::to_string(number), saving(run));
     EXPECT_EQ(result.code, 66) << result.out;
-    EXPECT_TRUE(contains(result.out, "was not saved")) << result.out;
+    // The last save of a run is told of in other words; on a busy machine it may be the one.
+    EXPECT_TRUE(contains(result.out, "was not saved") ||
+                contains(result.out, "could not be saved"))
+        << result.out;
     EXPECT_TRUE(contains(result.out, text)) << result.out;
     EXPECT_EQ(arcus(0, "inspect --verify " + run_dir(run).string()).code, 0);
     EXPECT_EQ(arcus(3, saving(run)).code, 0);
