@@ -10,7 +10,9 @@ import os
 import pathlib
 import random
 import re
+import resource
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -29,19 +31,29 @@ FULL = "--full" in sys.argv
 
 # Largest difference of a logit between Arcus in fp32 and the reference in float64, in units of the
 # logits' deviation. A logit is a sum of ~10^2 numbers behind ~10 such sums in a row, each rounded
-# at 2^-24 = 6e-8: about 6e-8 sqrt(10^2 * 10) = 2e-6. Ten times that; a wrong formula gives 1e-2 and
-# more (test_every_tensor_matters shows it).
-TOLERANCE = 2e-5
+# at 2^-24 = 6e-8: about 6e-8 sqrt(10^2 * 10) = 2e-6, and up to ten times that where attention
+# scores are large, whose absolute error the softmax turns into a relative one. A tensor that is
+# forgotten, swapped or permuted gives 4e-2 and more (check_every_role_matters holds it above
+# FORGOTTEN). Random switches now and then give a model that fp32 cannot do better, attention scores
+# near 100: there four times the error of the reference itself in fp32 is allowed.
+TOLERANCE = 5e-5
+FORGOTTEN = 100 * TOLERANCE
 
 
 # ------------------------------------------------------------------------------------ running Arcus
 
 
-def run(*args, code=0, env=None):
+def run(*args, code=0, env=None, file_limit=None):
     """Arcus with these arguments; AssertionError with all it said where the exit code is another."""
     command = [ARCUS, *map(str, args)]
+
+    def limit_files():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+
     done = subprocess.run(command, capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}))
+                          env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
+                          preexec_fn=None if file_limit is None else limit_files)
     if code is not None and done.returncode != code:
         raise AssertionError(f"{' '.join(command)}\ngave {done.returncode}, not {code}:\n"
                              f"{done.stdout[-2000:]}{done.stderr[-3000:]}")
@@ -110,29 +122,39 @@ class InteropTest(unittest.TestCase):
         theirs = reference.logits(model, self.ids(vocab)[1])
         error = np.abs(ours - theirs).max() / theirs.std()
         FIGURES.append((self.id().split(".")[-1], error))
-        self.assertLess(error, TOLERANCE)
+        if error >= TOLERANCE:  # is the model so badly conditioned, or Arcus wrong?
+            single = reference.Model(model.spec, {name: tensor.astype(np.float32)
+                                                  for name, tensor in model.tensors.items()})
+            plain = reference.logits(single, self.ids(vocab)[1])
+            self.assertLess(error, 4 * np.abs(plain - theirs).max() / theirs.std())
 
-    def assert_same_weights(self, run_dir, other):
-        """Every weight of two runs' last checkpoints is bit-equal."""
+    def assert_same_weights(self, run_dir, other, shifted=False):
+        """Every weight of two runs' last checkpoints is bit-equal; shifted: correction biases may
+        differ by a constant, which changes no choice."""
         ours, theirs = weights(run_dir), weights(other)
         self.assertEqual(sorted(ours), sorted(theirs))
         for name in ours:
+            if shifted and name.endswith("e_score_correction_bias"):
+                np.testing.assert_allclose(ours[name] - ours[name].min(),
+                                           theirs[name] - theirs[name].min(), atol=1e-6)
+                continue
             self.assertTrue(np.array_equal(ours[name].view(np.uint8), theirs[name].view(np.uint8)),
                             name)
 
-    def assert_refused(self, pattern, *args, codes=(64, 65, 66), env=None):
+    def assert_refused(self, pattern, *args, **how):
         """One line that says what the pattern looks for, and no file or folder more than before."""
         before = tree(self.here)
-        done = run(*args, code=None, env=env)
-        self.assertIn(done.returncode, codes, done.stdout + done.stderr)
-        lines = [line for line in done.stderr.splitlines() if "warning" not in line]
+        done = run(*args, code=None, **how)
+        self.assertIn(done.returncode, (64, 65, 66), done.stdout + done.stderr)
+        lines = [line for line in done.stderr.splitlines()
+                 if not line.startswith(("note: ", "warning: ", "arcus: warning: "))]
         self.assertEqual(len(lines), 1, done.stderr)
         self.assertRegex(lines[0], r"^arcus: error: ")
         self.assertRegex(lines[0], re.compile(pattern, re.I))
         self.assertEqual(tree(self.here), before)
 
 
-TRAINING = {"train.steps": 3, "train.warmup_steps": 0, "train.lr": 0.05, "train.weight_decay": 0.0,
+TRAINING = {"train.steps": 3, "train.warmup_steps": 0, "train.lr": 0.1, "train.weight_decay": 0.0,
             "train.schedule": "constant", "eval.batches": 1, "model.hidden_size": 64,
             "model.num_layers": 3, "model.head_dim": 16, "model.num_experts": 8, "model.topk": 3,
             "model.expert_ff_size": 32, "model.dense_ff_size": 96, "model.norm_eps": 1e-5,
@@ -160,7 +182,7 @@ def weights(run_dir):
 
 # ------------------------------------------------------------------------------------------ exports
 
-SIGMOID = {"routing.score": "sigmoid", "routing.expert_bias_rate": 0.1, "routing.aux_loss": 0.0}
+SIGMOID = {"routing.score": "sigmoid", "routing.expert_bias_rate": 0.3, "routing.aux_loss": 0.0}
 GROUPS = SIGMOID | {"routing.n_group": 4, "routing.topk_group": 2, "model.num_shared_experts": 1,
                     "model.first_k_dense": 1, "routing.routed_scaling_factor": 2.5,
                     "routing.renormalize": True, "model.qk_norm": "head"}
@@ -243,19 +265,27 @@ class Export(InteropTest):
                                 self.here / "export")
         else:
             model, back = self.check_target(run_dir, logits, "hf", model_type)
-            self.check_every_tensor_matters(model)
+            self.check_every_role_matters(model)
             if not has_additions(settings):
-                self.assert_same_weights(run_dir, back)
+                self.assert_same_weights(run_dir, back, settings.get("routing.n_group", 1) > 1)
         self.check_target(run_dir, logits, "gguf", arch)
 
-    def check_every_tensor_matters(self, model):
+    def check_every_role_matters(self, model):
+        """The comparison is worth something: it sees every kind of tensor that the model has."""
         sequences = self.ids(256)[1]
         right = reference.logits(model, sequences)
+        matters = {}
         for name, tensor in model.tensors.items():
+            if not tensor.any() or name == "embed" and tensor is model.tensors["head"]:
+                continue  # a part that the model does not have, written as zeros
             changed = reference.Model(model.spec, model.tensors | {name: neutral(name, tensor)})
             error = np.abs(reference.logits(changed, sequences) - right).max() / right.std()
-            exempt = not tensor.any()  # parts that this model does not have
-            self.assertTrue(exempt or error > 10 * TOLERANCE, f"{name}: only {error}")
+            role = re.sub(r"^\d+\.", "", name)
+            matters[role] = max(error, matters.get(role, 0.0))
+        if model.spec.layers - model.spec.first_dense == 1:
+            matters.pop("correction", None)  # one layer's may happen to change no choice
+        for role, error in matters.items():
+            self.assertGreater(error, FORGOTTEN, role)
 
     def check_sixteen_bits(self, settings, dtype):
         """The reference reads the rounded weights, and so does Arcus when they are imported."""
@@ -460,11 +490,22 @@ class Upcycle(InteropTest):
     """A dense model with every expert a copy of its feed-forward computes what it did."""
 
     def check(self, kind, *args):
-        path = writers.write_hf(self.here / "dense", *writers.hf_model(kind))
-        run("upcycle", "--from", path, "--experts", 4, "--topk", 2, *args, "--out", self.here / "run")
+        path = writers.write_hf(self.here / "model", *writers.hf_model(kind))
+        run("import", "--from", path, "--out", self.here / "dense")
+        run("upcycle", "--from", self.here / "dense", "--experts", 4, "--topk", 2, *args, "--out",
+            self.here / "run")
         ours = self.evaluate(self.here / "run", writers.VOCAB)
-        theirs = reference.logits(reference.read_model(path), self.ids(writers.VOCAB)[1])
-        self.assertLess(np.abs(ours - theirs).max() / theirs.std(), TOLERANCE)
+        self.assert_close(ours, reference.read_model(path), writers.VOCAB)
+        if kind != "gpt2":
+            # No directory holds biases beside a softmax gate that renormalises.
+            to, out = ("gguf", "again.gguf") if kind == "qwen2" else ("hf", "again")
+            run("export", "--checkpoint", self.here / "run", "--to", to, "--out", self.here / out)
+            again = reference.read_model(self.here / out)
+            self.assertEqual((again.spec.experts, again.spec.topk), (4, 2))
+            self.assert_close(ours, again, writers.VOCAB)
+        else:
+            self.assert_refused("gpt2|layer|bias|position", "export", "--checkpoint",
+                                self.here / "run", "--to", "hf", "--out", self.here / "again")
 
     def test_llama(self):
         self.check("llama")
@@ -641,7 +682,7 @@ class Refusals(InteropTest):
         for name, settings, pattern in (
                 ("full", OLMOE | {"model.num_kv_heads": 2}, "num_kv_heads|qk_norm"),
                 ("stream", {"routing.stream": "threshold"}, "stream"),
-                ("hash", {"routing.select": "hash"}, "select|hash"),
+                ("hash", {"routing.select": "hash", "routing.aux_loss": 0.0}, "select|hash"),
                 ("gate_bias", {"routing.gate_bias": True}, "gate_bias")):
             with self.subTest(name):
                 run_dir = self.train(settings, name)
@@ -657,56 +698,53 @@ class Refusals(InteropTest):
         run(*self.export(other, "--force"))
         self.assertEqual(reference.read_model(self.here / "export").spec.qk_norm, "head")
         stray = [path.name for path in self.here.iterdir()]
-        self.assertEqual(sorted(stray), ["export", "other", "run"])
+        self.assertEqual(sorted(stray), ["export", "export.report.json", "other", "run"])
 
     def test_checkpoint_under_way(self):
         run_dir = self.train(EXPORTS["mixtral"][0])
         step = next((run_dir / "checkpoints").glob("step-*"))
-        step.rename(step.with_name(step.name + ".tmp"))
-        self.assert_refused("checkpoint|step|complete", *self.export(run_dir))
-        self.assert_refused("checkpoint|step|complete",
-                            *self.export(step.with_name(step.name + ".tmp")))
+        under_way = step.with_name(step.name + ".tmp")
+        step.rename(under_way)
+        (under_way / "CHECKSUMS").unlink()  # which is written last
+        self.assert_refused("checkpoint", *self.export(run_dir))
+        self.assert_refused("checkpoint", *self.export(under_way))
 
     def test_checkpoint_with_missing_shard(self):
         run_dir = self.train(EXPORTS["mixtral"][0])
         next((run_dir / "checkpoints").glob("step-*/rank-00000.h5")).unlink()
         self.assert_refused("rank-00000", *self.export(run_dir))
 
-    def faults(self, call, number=None):
-        env = {"LD_PRELOAD": FAULTY_FILES, "ARCUS_FAULT_PATH": "export", "ARCUS_FAULT_CALL": str(call)}
-        return env if number is None else env | {"ARCUS_FAULT_ERRNO": str(number)}
-
-    @unittest.skipUnless(FAULTY_FILES, "ARCUS_FAULTY_FILES is not set")
-    def test_full_disk(self):
+    def test_files_that_cannot_grow(self):
         run_dir = self.train(EXPORTS["mixtral"][0])
         for to in ("hf", "gguf"):
-            for call in (2, 5, 9, 20):
-                count = self.here / "count"
-                args = ["export", "--checkpoint", run_dir, "--to", to, "--out", self.here / "export"]
-                before = tree(self.here)
-                done = run(*args, code=None, env=self.faults(call, 28) | {
-                    "ARCUS_FAULT_COUNT": str(count)})
-                calls = int(count.read_text())
-                count.unlink()
-                if calls < call:  # it was done before
-                    self.assertEqual(done.returncode, 0)
-                    self.remove_export()
-                    continue
-                self.assertIn(done.returncode, (65, 70, 74), done.stderr)
-                self.assertRegex(done.stderr, "No space left")
-                self.assertEqual(tree(self.here), before)
+            for limit in (0, 100, 10_000, 500_000):
+                self.assert_refused("File too large", "export", "--checkpoint", run_dir, "--to", to,
+                                    "--out", self.here / "export", file_limit=limit)
 
-    def remove_export(self):
-        out = self.here / "export"
-        shutil.rmtree(out) if out.is_dir() else out.unlink()
-        for beside in self.here.glob("export*"):
-            beside.unlink()
+    def test_full_disk(self):
+        disk = self.here / "disk"
+        disk.mkdir()
+        mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", disk],
+                               capture_output=True)
+        if mount.returncode:
+            self.skipTest("this user may not mount a small disk")
+        try:
+            run_dir = self.train(EXPORTS["mixtral"][0])
+            for to in ("hf", "gguf"):
+                self.assert_refused("No space left", "export", "--checkpoint", run_dir, "--to", to,
+                                    "--out", disk / "export")
+            folder = writers.write_hf(self.here / "model", *writers.hf_model("qwen3_moe"))
+            self.assert_refused("No space left", "import", "--from", folder, "--out", disk / "run")
+        finally:
+            subprocess.run(["umount", disk], check=True)
 
     @unittest.skipUnless(FAULTY_FILES, "ARCUS_FAULTY_FILES is not set")
     def test_killed_export_is_absent_or_whole(self):
         run_dir = self.train(EXPORTS["mixtral"][0])
         for call in (1, 3, 6, 10, 15):
-            done = run(*self.export(run_dir), code=None, env=self.faults(call))
+            env = {"LD_PRELOAD": FAULTY_FILES, "ARCUS_FAULT_PATH": "export",
+                   "ARCUS_FAULT_CALL": str(call)}
+            done = run(*self.export(run_dir), code=None, env=env)
             if done.returncode == 0:
                 break
             self.assertEqual(done.returncode, -9)

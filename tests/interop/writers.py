@@ -448,8 +448,9 @@ def write_gguf(path, arch, keys, tensors, dtype="F32", tokenizer=True):
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(path, arch)
     for key, value in keys.items():
-        if key == "expert_gating_func":
-            value = gguf.ExpertGatingFuncType(value)
+        enum = {"expert_gating_func": gguf.ExpertGatingFuncType,
+                "rope_scaling_type": gguf.RopeScalingType}.get(key)
+        value = value if enum is None else enum(value)
         getattr(writer, "add_" + key)(value)
     if tokenizer:
         add_gguf_tokenizer(writer)
