@@ -124,11 +124,12 @@ class Transformers:
                                    for ids in sequences])
 
     def greedy(self, prompt, count):
-        """The text after the prompt."""
+        """The text after the prompt, which begins a document: Arcus puts the end of one before it."""
         import torch
 
         tokenizer = quiet().AutoTokenizer.from_pretrained(self._folder)
-        ids = torch.tensor([tokenizer.encode(prompt)])
+        ids = tokenizer.encode(prompt, add_special_tokens=False)
+        ids = torch.tensor([[self.model.config.eos_token_id, *ids]])
         with torch.no_grad():
             out = self.model.generate(ids, do_sample=False, min_new_tokens=count,
                                       max_new_tokens=count)
@@ -154,7 +155,7 @@ class LlamaCpp:
         return np.concatenate(out)
 
     def greedy(self, prompt, count):
-        ids = self.model.tokenize(prompt.encode(), add_bos=False)
+        ids = [self.model.token_eos(), *self.model.tokenize(prompt.encode(), add_bos=False)]
         start = len(ids)
         for _ in range(count):
             ids = ids + [int(self.logits([ids])[-1].argmax())]
@@ -240,10 +241,11 @@ class Exports:
         text = self.folder / "text"
         text.mkdir()
         source = pathlib.Path(__file__).resolve().parents[2]
+        held_out = source / "CONTRIBUTING.md"
         files = sorted(path for path in source.glob("**/*.md") if "build" not in path.parts)
-        for number, path in enumerate(files):
+        for number, path in enumerate(path for path in files if path != held_out):
             (text / f"{number}.txt").write_bytes(path.read_bytes())
-        self.held_out = files[0].read_text(encoding="utf-8")[:800]
+        self.held_out = held_out.read_text(encoding="utf-8")[:800]
         self.source = source
 
     def prepare(self, tokenizer):

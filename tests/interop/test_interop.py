@@ -433,6 +433,15 @@ GGUF_IMPORTS = {
                                        tied=True, rotary=0.5, bias=True, first_dense=0), "F32"),
     "gguf_qwen3moe_fused_qkv": ("qwen3moe", dict(fused=True, tied=True), "F32"),
 }
+if FULL:
+    for _kind, _dtype, _fused in itertools.product(writers.HF_FAMILIES, ("F32", "F16", "BF16"),
+                                                   (False, True)):
+        HF_IMPORTS[f"full_{_kind}_{_dtype}_{_fused}"] = (
+            _kind, dict(fused=_fused and _kind not in writers.DENSE, seed=2),
+            dict(dtype=_dtype, shards=1 + 2 * _fused))
+    for _arch, _dtype in itertools.product(writers.GGUF_ARCHS, (
+            "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")):
+        GGUF_IMPORTS[f"full_{_arch}_{_dtype}"] = (_arch, dict(seed=2), _dtype)
 
 
 class Import(InteropTest):
@@ -446,8 +455,8 @@ class Import(InteropTest):
         return out
 
     def check_hf(self, kind, switches, how):
-        config, tensors = writers.hf_model(kind, **switches)
-        path = writers.write_hf(self.here / "model", config, tensors, **how)
+        model = writers.hf_model(kind, **switches)
+        path = writers.write_hf(self.here / "model", *model, **how)
         out = self.check(path)
         if kind not in writers.DENSE:
             self.check_passed_on(path, out)
