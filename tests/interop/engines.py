@@ -111,10 +111,12 @@ class Transformers:
 
         transformers = quiet()
         # The plain loops: the fused ones do not do float64.
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype), attn_implementation="eager",
-            experts_implementation="eager").eval()
-        self._folder = folder
+            experts_implementation="eager", output_loading_info=True)
+        self.complaints = [f"{kind} {sorted(report[kind])[:4]}" for kind in
+                           ("missing_keys", "unexpected_keys", "mismatched_keys") if report[kind]]
+        self.model, self._folder = model.eval(), folder
 
     def logits(self, sequences):
         import torch
@@ -142,6 +144,7 @@ class LlamaCpp:
     def __init__(self, path, context=256):
         import llama_cpp
 
+        self.complaints = []  # it loads nothing that it would complain of
         self.model = llama_cpp.Llama(str(path), n_ctx=context, n_batch=context, n_ubatch=context,
                                      logits_all=True, type_k=0, type_v=0, flash_attn=False,
                                      n_threads=1, n_threads_batch=1, verbose=False)
@@ -288,7 +291,9 @@ class Exports:
             theirs = engine.logits(ids)
             error, text = difference(theirs, ours), engine.greedy(PROMPT, NEW_TOKENS)
             same = text.strip() == said.strip()
-            fine = fine and error < 1e-3 and same
+            fine = fine and error < 1e-3 and same and not engine.complaints
+            for complaint in engine.complaints:
+                print(f"  {type(engine).__name__} on loading: {complaint}")
             line += (f"  {type(engine).__name__}: {error:.1e} {perplexity(theirs, ids):12.6f} "
                      f"{'same text' if same else 'OTHER TEXT ' + repr(text)}")
         print(line, flush=True)

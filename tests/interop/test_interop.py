@@ -35,7 +35,7 @@ FULL = "--full" in sys.argv
 # scores are large, whose absolute error the softmax turns into a relative one. A tensor that is
 # forgotten, swapped or permuted gives 4e-2 and more (check_every_role_matters holds it above
 # FORGOTTEN). Random switches now and then give a model that fp32 cannot do better, attention scores
-# near 100: there four times the error of the reference itself in fp32 is allowed.
+# near 100: there ten times the error of the reference itself in fp32 is allowed.
 TOLERANCE = 5e-5
 FORGOTTEN = 100 * TOLERANCE
 
@@ -126,7 +126,7 @@ class InteropTest(unittest.TestCase):
             single = reference.Model(model.spec, {name: tensor.astype(np.float32)
                                                   for name, tensor in model.tensors.items()})
             plain = reference.logits(single, self.ids(vocab)[1])
-            self.assertLess(error, 4 * np.abs(plain - theirs).max() / theirs.std())
+            self.assertLess(error, 10 * np.abs(plain - theirs).max() / theirs.std())
 
     def assert_same_weights(self, run_dir, other, shifted=False):
         """Every weight of two runs' last checkpoints is bit-equal; shifted: correction biases may
@@ -401,6 +401,9 @@ def check_gguf(test, path, arch, dtype):
 
 # ------------------------------------------------------------------------------------------ imports
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}
+
 # name -> (model_type, switches of writers.hf_model, arguments of writers.write_hf)
 HF_IMPORTS = {
     **{kind: (kind, {}, {}) for kind in writers.HF_FAMILIES},
@@ -421,6 +424,8 @@ HF_IMPORTS = {
     "dots1_bf16": ("dots1", dict(groups=1, groups_used=1), dict(dtype="BF16", shards=2)),
     "bailing_fused_bias": ("bailing_moe_v2", dict(fused=True, bias=True), dict(dtype="F16")),
     "llama_tied": ("llama", dict(tied=True), dict(dtype="BF16")),
+    "llama_llama3_rope": ("llama", dict(rope_scaling=LLAMA3, head_dim=32), {}),
+    "qwen3_moe_linear_rope": ("qwen3_moe", dict(rope_scaling={"type": "linear", "factor": 4.0}), {}),
     "gpt2_prefixed": ("gpt2", dict(root="transformer.", buffers=True), dict(shards=2)),
 }
 # name -> (architecture, switches of writers.gguf_model, type)
@@ -431,7 +436,9 @@ GGUF_IMPORTS = {
                            ("olmoe", "F16"), ("qwen2moe", "BF16"), ("qwen3", "Q4_0"))},
     "gguf_container": ("glm4moe", dict(gating=1, renorm=False, qk_norm="none", groups=1, scale=4.0,
                                        tied=True, rotary=0.5, bias=True, first_dense=0), "F32"),
-    "gguf_qwen3moe_fused_qkv": ("qwen3moe", dict(fused=True, tied=True), "F32"),
+    "gguf_llama_linear_rope": ("llama", dict(keys={"rope_scaling_type": "linear",
+                                                   "rope_scaling_factor": 4.0}), "F32"),
+    "gguf_qwen3moe_tied": ("qwen3moe", dict(tied=True, head_dim=32), "F32"),
 }
 if FULL:
     for _kind, _dtype, _fused in itertools.product(writers.HF_FAMILIES, ("F32", "F16", "BF16"),
@@ -498,8 +505,8 @@ for _name, _case in GGUF_IMPORTS.items():
 class Upcycle(InteropTest):
     """A dense model with every expert a copy of its feed-forward computes what it did."""
 
-    def check(self, kind, *args):
-        path = writers.write_hf(self.here / "model", *writers.hf_model(kind))
+    def check(self, kind, *args, **switches):
+        path = writers.write_hf(self.here / "model", *writers.hf_model(kind, **switches))
         run("import", "--from", path, "--out", self.here / "dense")
         run("upcycle", "--from", self.here / "dense", "--experts", 4, "--topk", 2, *args, "--out",
             self.here / "run")
@@ -507,17 +514,25 @@ class Upcycle(InteropTest):
         self.assert_close(ours, reference.read_model(path), writers.VOCAB)
         if kind != "gpt2":
             # No directory holds biases beside a softmax gate that renormalises.
-            to, out = ("gguf", "again.gguf") if kind == "qwen2" else ("hf", "again")
-            run("export", "--checkpoint", self.here / "run", "--to", to, "--out", self.here / out)
-            again = reference.read_model(self.here / out)
-            self.assertEqual((again.spec.experts, again.spec.topk), (4, 2))
-            self.assert_close(ours, again, writers.VOCAB)
+            for to, out in [("gguf", "again.gguf")] + [("hf", "again")] * (kind != "qwen2"):
+                run("export", "--checkpoint", self.here / "run", "--to", to, "--out",
+                    self.here / out)
+                again = reference.read_model(self.here / out)
+                self.assertEqual((again.spec.experts, again.spec.topk), (4, 2))
+                self.assert_close(ours, again, writers.VOCAB)
         else:
             self.assert_refused("gpt2|layer|bias|position", "export", "--checkpoint",
                                 self.here / "run", "--to", "hf", "--out", self.here / "again")
 
     def test_llama(self):
         self.check("llama")
+
+    def test_llama3_rope(self):
+        self.check("llama", rope_scaling=LLAMA3 | {"original_max_position_embeddings": 8192},
+                   head_dim=32)
+
+    def test_granular(self):
+        self.check("llama", "--granularity", 2)
 
     def test_mistral(self):
         self.check("mistral")
@@ -628,6 +643,10 @@ GGUF_REFUSALS = {
     "gguf_five_bits": ("qwen3", {}, "Q5_0", lambda path: None, "Q5_0|type"),
     "gguf_yarn": ("qwen3", dict(keys={"rope_scaling_type": "yarn"}), "F32", lambda path: None,
                   "yarn|rope"),
+    # Factors that no rule gives; those of llama3's rule come and go in Upcycle.
+    "gguf_rope_factors": ("llama-dense", dict(rope_freqs=True), "F32", lambda path: None,
+                          "rope_freqs"),
+    "gguf_fused_qkv": ("qwen3moe", dict(fused=True), "F32", lambda path: None, "attn_qkv"),
 }
 
 

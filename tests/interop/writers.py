@@ -106,6 +106,8 @@ class Filler:
             scale = 0.5
         start = 1.0 if is_norm and not name.endswith(".bias") else 0.0
         numbers = start + scale * self._rng.standard_normal(shape)
+        if "rope_freqs" in name:
+            numbers = 1.0 + 10.0 * np.abs(numbers)
         self.tensors[name] = numbers.astype(np.float32)
 
 
@@ -266,7 +268,7 @@ def hf_gpt2(fill, s):
 def switches(family_defaults, given):
     s = dict(kv_heads=KV_HEADS, head_dim=HEAD_DIM, tied=False, bias=False, qk_norm="none",
              renorm=False, groups=1, groups_used=1, first_dense=0, scale=1.0, shared=0, rotary=1.0,
-             rope_scaling=None, fused=False, extra_layers=0, root="", buffers=False, gating=2,
+             rope_scaling=None, fused=False, extra_layers=0, rope_freqs=False, root="", buffers=False, gating=2,
              config={}, keys={})
     unknown = set(given) - set(s)
     assert not unknown, f"no such switches: {unknown}"
@@ -427,6 +429,8 @@ def gguf_model(name, seed=1, **given):
     for n in range(LAYERS):
         gguf_gpt2_layer(fill, n) if name == "gpt2" else gguf_layer(fill, name, s, n)
     fill("output_norm.weight", HIDDEN)
+    if s["rope_freqs"]:
+        fill("rope_freqs.weight", s["head_dim"] // 2)
     if name == "gpt2":
         fill("output_norm.bias", HIDDEN)
         fill("position_embd.weight", POSITIONS, HIDDEN)
