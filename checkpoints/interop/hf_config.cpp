@@ -101,6 +101,7 @@ bool changes_nothing(const std::string& key) {
                                              "architectures",
                                              "auto_map",
                                              "attention_dropout",
+                                             "attn_pdrop",
                                              "bos_token_id",
                                              "chunk_size_feed_forward",
                                              "dtype",
@@ -293,6 +294,11 @@ std::int64_t leading_dense_layers(Keys& keys) {
   return count;
 }
 
+/// transformers 5 may write them under Mixtral's name.
+std::int64_t number_of_experts(Keys& keys, const char* key) {
+  return keys.integer(keys.has(key) || !keys.has("num_local_experts") ? key : "num_local_experts");
+}
+
 void read_experts(Keys& keys, const Family& f, DescribedModel& d) {
   ModelConfig& m = d.model.model;
   RoutingConfig& r = d.model.routing;
@@ -307,7 +313,7 @@ void read_experts(Keys& keys, const Family& f, DescribedModel& d) {
   }
   r.renormalize = keys.flag("norm_topk_prob", f.name == "bailing_moe_v2" || f.name == "glm4_moe");
   if (f.name == "olmoe") {
-    m.num_experts = keys.integer("num_experts");
+    m.num_experts = number_of_experts(keys, "num_experts");
     m.expert_ff_size = keys.integer("intermediate_size");
     m.dense_ff_size = m.expert_ff_size;
     return;
@@ -315,7 +321,7 @@ void read_experts(Keys& keys, const Family& f, DescribedModel& d) {
   m.expert_ff_size = keys.integer("moe_intermediate_size");
   m.dense_ff_size = keys.integer("intermediate_size", m.expert_ff_size * m.topk);
   if (f.name == "qwen3_moe" || f.name == "qwen2_moe") {
-    m.num_experts = keys.integer("num_experts");
+    m.num_experts = number_of_experts(keys, "num_experts");
     m.first_k_dense = leading_dense_layers(keys);
     if (f.name == "qwen3_moe") return;
     const std::int64_t shared = keys.integer("shared_expert_intermediate_size");
