@@ -4,6 +4,7 @@
     engines.py reference   reference.py against transformers: models that transformers wrote
     engines.py writers     reference.py against both: models of writers.py
     engines.py exports     exports of Arcus in both: logits, perplexity, greedy text; ARCUS is its path
+    engines.py tokenizers  ids of a stress text: Arcus, tokenizers, SentencePiece, llama.cpp
 
 An engine that is not installed is left out.
 """
@@ -11,6 +12,7 @@ An engine that is not installed is left out.
 import importlib.util
 import math
 import pathlib
+import subprocess
 import sys
 import tempfile
 
@@ -330,8 +332,35 @@ def check_exports():
     return fine
 
 
+def check_tokenizers():
+    """Of bytes and SentencePiece vocabularies that Arcus made, and of an imported one."""
+    import test_interop
+
+    run, fine = test_interop.run, True
+    with tempfile.TemporaryDirectory() as folder:
+        exports = Exports(folder)
+        model = writers.write_hf(exports.folder / "model", *writers.hf_model("qwen3_moe"))
+        run("import", "--from", model, "--out", exports.folder / "imported")
+        for name in ("bytes", "spm:512", "imported"):
+            run_dir = exports.folder / name
+            if name != "imported":
+                run("train", exports.source / "launch/configs/tiny.toml", *test_interop.toml(
+                    {"run.dir": str(run_dir), "run.data": str(exports.prepare(name))}))
+            files = [exports.folder / f"{name}-hf", exports.folder / f"{name}.gguf"]
+            for to, out in zip(("hf", "gguf"), files):
+                run("export", "--checkpoint", run_dir, "--to", to, "--out", out)
+            program = pathlib.Path(__file__).with_name("check_tokenizers.py")
+            done = subprocess.run([sys.executable, program, "--arcus", test_interop.ARCUS,
+                                   "--tokenizer", f"checkpoint:{run_dir}", *files],
+                                  capture_output=True, text=True)
+            print(f"== {name}\n{done.stdout}{done.stderr if done.returncode else ''}", end="")
+            fine = fine and done.returncode == 0
+    return fine
+
+
 if __name__ == "__main__":
-    checks = {"reference": check_reference, "writers": check_writers, "exports": check_exports}
+    checks = {"reference": check_reference, "writers": check_writers, "exports": check_exports,
+              "tokenizers": check_tokenizers}
     if len(sys.argv) != 2 or sys.argv[1] not in checks:
         sys.exit(__doc__)
     sys.exit(0 if checks[sys.argv[1]]() else 1)
