@@ -30,6 +30,24 @@ struct FfnWeights {
   std::int64_t expert_stride = 0;  ///< elements between experts, same for both
 };
 
+/// Low-rank adapters of a weight [out, in]: A [r, in] and B [out, r] of local expert 0
+/// (low_rank.hpp says what they compute). Empty: there are none.
+struct LowRankWeights {
+  ConstTensorView a, b;
+  std::int64_t expert_stride = 0;  ///< elements between experts, same for both
+  double scale = 1;                ///< alpha / r
+
+  bool empty() const { return a.empty(); }
+};
+/// The adapters of one projection, and where its inner rows go: u forward, v backward.
+struct FfnLowRankPart {
+  LowRankWeights weights;
+  TensorView inner;  ///< [Rp, r] out, dense
+};
+struct FfnLowRank {
+  FfnLowRankPart gate, up, down;
+};
+
 struct FfnForward {
   TensorView y;        ///< [R, H] out
   TensorView gate_up;  ///< [Rp, 2F] out, kept for backward; left alone with few_rows
@@ -39,6 +57,7 @@ struct FfnForward {
   FfnShape shape;
   std::span<const Segment> segments;
   bool few_rows = false;  ///< as Linear::few_rows
+  FfnLowRank low_rank;    ///< added to the projections
 };
 ARCUS_DECLARE_OP(ffn_forward, FfnForward)
 
@@ -56,6 +75,7 @@ struct FfnBackward {
   FfnWeights weights;
   FfnShape shape;
   std::span<const Segment> segments;
+  FfnLowRank low_rank;
 };
 ARCUS_DECLARE_OP(ffn_backward, FfnBackward)
 

@@ -147,7 +147,8 @@ class Conversion {
       : checkpoint_(checkpoint),
         experts_(std::move(experts)),
         arguments_(arguments),
-        by_expert_(tensors_by_expert(config.model, config.routing, resolve_overrides(config))) {}
+        by_expert_(tensors_by_expert(config.model, config.routing, resolve_overrides(config),
+                                     config.lora)) {}
 
   /// This rank's tensors, read and converted; the others' descriptions.
   std::vector<StateView> run(int rank, int num_ranks) {

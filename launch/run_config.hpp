@@ -32,6 +32,7 @@ struct Config {
   std::vector<RoutingOverrideRow> routing_overrides;
   TrainConfig train;
   std::vector<ParamGroupConfig> groups;
+  LoraConfig lora;
   DataConfig data;
   ParallelConfig parallel;
   EvalConfig eval;

@@ -37,6 +37,7 @@ TrainerOptions trainer_options(const Config& config, const ModelConfig& model) {
           .overrides = resolve_overrides(config),
           .train = config.train,
           .groups = config.groups,
+          .lora = config.lora,
           .seed = config.run.seed,
           .reproducible = config.run.reproducible,
           .dispatch_path = dispatch_path_from_name(config.parallel.dispatch)};

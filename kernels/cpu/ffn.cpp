@@ -6,6 +6,7 @@
 
 #include "kernels/cpu/few_rows.hpp"
 #include "kernels/cpu/gemm_tiles.hpp"
+#include "kernels/cpu/low_rank.hpp"
 #include "kernels/cpu/math.hpp"
 #include "kernels/cpu/parallel.hpp"
 #include "kernels/cpu/rows.hpp"
@@ -170,6 +171,26 @@ void zero_padding(TensorView buffer, const Segment& segment) {
   }
 }
 
+/// What an adapter adds to rows of y, which hold x W^T.
+template <class T>
+void add_low_rank(Stream& stream, int thread, const FfnLowRankPart& part, std::int64_t expert,
+                  std::int64_t padded_row, std::int64_t rows, const T* x, std::int64_t x_stride,
+                  T* y, std::int64_t y_stride) {
+  if (part.weights.empty()) return;
+  low_rank_forward_tile<T>(stream.cpu(), thread, {part.weights, expert}, rows, x, x_stride,
+                           part.inner.row<T>(padded_row), y, y_stride);
+}
+
+/// What comes back through it, onto rows of dx, which hold dy W.
+template <class T, class D>
+void add_low_rank_backward(Stream& stream, int thread, const FfnLowRankPart& part,
+                           std::int64_t expert, std::int64_t padded_row, std::int64_t rows,
+                           const T* dy, std::int64_t dy_stride, D* dx, std::int64_t dx_stride) {
+  if (part.weights.empty()) return;
+  low_rank_backward_tile<T, D>(stream.cpu(), thread, {part.weights, expert}, rows, dy, dy_stride,
+                               part.inner.row<T>(padded_row), dx, dx_stride);
+}
+
 template <class T>
 void forward_tile(Stream& stream, int thread, const FfnForward& args, const RowTile& tile) {
   const Segment& segment = args.segments[static_cast<std::size_t>(tile.segment_idx)];
@@ -184,6 +205,14 @@ void forward_tile(Stream& stream, int thread, const FfnForward& args, const RowT
                 tile.rows, args.x.row<T>(row),
                 expert_weight<T>(args.weights.gate_up, args.weights, segment),
                 args.gate_up.row<T>(padded_row));
+  const auto add = [&](const FfnLowRankPart& part, const T* x, std::int64_t x_stride, T* y,
+                       std::int64_t y_stride) {
+    add_low_rank(stream, thread, part, segment.local_expert_idx, padded_row, tile.rows, x, x_stride,
+                 y, y_stride);
+  };
+  T* gate_up = args.gate_up.row<T>(padded_row);
+  add(args.low_rank.gate, args.x.row<T>(row), args.x.stride, gate_up, args.gate_up.stride);
+  add(args.low_rank.up, args.x.row<T>(row), args.x.stride, gate_up + width, args.gate_up.stride);
   for (std::int64_t i = padded_row; i < padded_row + tile.rows; ++i) {
     const T* gate = args.gate_up.row<T>(i);
     swiglu_row(args.act.row<T>(i), gate, gate + width, width);
@@ -193,6 +222,8 @@ void forward_tile(Stream& stream, int thread, const FfnForward& args, const RowT
       forward_key(kType, kType, hidden, width, args.act.stride, args.y.stride, false, false),
       tile.rows, args.act.row<T>(padded_row),
       expert_weight<T>(args.weights.down, args.weights, segment), args.y.row<T>(row));
+  add(args.low_rank.down, args.act.row<T>(padded_row), args.act.stride, args.y.row<T>(row),
+      args.y.stride);
 }
 
 /// dy = weight * dout and dweight = <dout, y> of one row.
@@ -226,6 +257,12 @@ void backward_tile(Stream& stream, int thread, const FfnBackward& args, const Ro
                 dgrad_key(kType, dtype_of<A>(), hidden, width, args.dy.stride, width, false),
                 tile.rows, args.dy.row<T>(padded_row),
                 expert_weight<T>(args.weights.down, args.weights, segment), dact);
+  const auto add = [&](const FfnLowRankPart& part, const T* dy, std::int64_t dy_stride, auto* dx,
+                       std::int64_t dx_stride) {
+    add_low_rank_backward(stream, thread, part, segment.local_expert_idx, padded_row, tile.rows, dy,
+                          dy_stride, dx, dx_stride);
+  };
+  add(args.low_rank.down, args.dy.row<T>(padded_row), args.dy.stride, dact, width);
   for (std::int64_t i = 0; i < tile.rows; ++i) {
     const T* gate = args.gate_up.row<T>(padded_row + i);
     T* dgate = args.dgate_up.row<T>(padded_row + i);
@@ -236,6 +273,10 @@ void backward_tile(Stream& stream, int thread, const FfnBackward& args, const Ro
       dgrad_key(kType, kType, 2 * width, hidden, args.dgate_up.stride, args.dx.stride, false),
       tile.rows, args.dgate_up.row<T>(padded_row),
       expert_weight<T>(args.weights.gate_up, args.weights, segment), args.dx.row<T>(row));
+  const T* dgate_up = args.dgate_up.row<T>(padded_row);
+  add(args.low_rank.gate, dgate_up, args.dgate_up.stride, args.dx.row<T>(row), args.dx.stride);
+  add(args.low_rank.up, dgate_up + width, args.dgate_up.stride, args.dx.row<T>(row),
+      args.dx.stride);
   if (!tile.last) return;
   zero_padding(args.dy, segment);
   zero_padding(args.dgate_up, segment);
@@ -251,6 +292,29 @@ void for_each_block(Stream& stream, std::span<const Segment> segments, std::int6
     fn(segments[static_cast<std::size_t>(task / blocks)], begin,
        std::min(kFewRowsCols, width - begin));
   });
+}
+
+/// The inner rows of a projection's adapter, for all segments; x by padded rows or not.
+template <class T>
+void few_rows_inner(Stream& stream, const FfnForward& args, const FfnLowRankPart& part,
+                    ConstTensorView x, bool x_is_padded) {
+  if (part.weights.empty()) return;
+  parallel_tasks(stream, std::ssize(args.segments), [&](std::int64_t task, int) {
+    const Segment& segment = args.segments[static_cast<std::size_t>(task)];
+    low_rank_few_rows_inner<T>({part.weights, segment.local_expert_idx}, segment.rows,
+                               x.row<T>(x_is_padded ? segment.padded_begin : segment.row_begin),
+                               x.stride, part.inner.row<T>(segment.padded_begin));
+  });
+}
+
+/// y, [rows, cols], gains an adapter's part of `rows` rows of a segment from `row` on.
+template <class T>
+void few_rows_add(const FfnLowRankPart& part, const Segment& segment, std::int64_t row,
+                  std::int64_t rows, std::int64_t begin, std::int64_t cols, Acc<T>* y) {
+  if (part.weights.empty()) return;
+  low_rank_few_rows_add<T>({part.weights, segment.local_expert_idx}, rows,
+                           part.inner.row<T>(segment.padded_begin + row), begin, cols, y,
+                           kFewRowsCols);
 }
 
 /// act, columns [begin, begin + cols), of all rows of a segment.
@@ -269,6 +333,8 @@ void few_rows_act(const FfnForward& args, const Segment& segment, std::int64_t b
                         hidden, cols, hidden);
     few_rows_product<T>(up.data(), kFewRowsCols, x, args.x.stride, rows,
                         gate_up + (args.shape.ff_size + begin) * hidden, hidden, cols, hidden);
+    few_rows_add<T>(args.low_rank.gate, segment, row, rows, begin, cols, gate.data());
+    few_rows_add<T>(args.low_rank.up, segment, row, rows, begin, cols, up.data());
     for (std::int64_t r = 0; r < rows; ++r) {
       T* act = args.act.row<T>(segment.padded_begin + row + r) + begin;
       const A* g = gate.data() + r * kFewRowsCols;
@@ -282,21 +348,32 @@ void few_rows_act(const FfnForward& args, const Segment& segment, std::int64_t b
 template <class T>
 void few_rows_down(const FfnForward& args, const Segment& segment, std::int64_t begin,
                    std::int64_t cols) {
+  using A = Acc<T>;
   const std::int64_t width = args.shape.ff_size;
   const T* down = expert_weight<T>(args.weights.down, args.weights, segment) + begin * width;
-  for_few_rows(args.act.row<T>(segment.padded_begin), args.act.stride, segment.rows, down, cols,
-               width, [&](std::int64_t row, const Acc<T>* sums) {
-                 T* y = args.y.row<T>(segment.row_begin + row) + begin;
-                 for (std::int64_t c = 0; c < cols; ++c) store(y[c], sums[c]);
-               });
+  FewRowsSums<A> sums;
+  for (std::int64_t row = 0; row < segment.rows; row += kFewRowsGroup) {
+    const std::int64_t rows = std::min(kFewRowsGroup, segment.rows - row);
+    few_rows_product<T>(sums.data(), kFewRowsCols, args.act.row<T>(segment.padded_begin + row),
+                        args.act.stride, rows, down, width, cols, width);
+    few_rows_add<T>(args.low_rank.down, segment, row, rows, begin, cols, sums.data());
+    for (std::int64_t r = 0; r < rows; ++r) {
+      T* y = args.y.row<T>(segment.row_begin + row + r) + begin;
+      for (std::int64_t c = 0; c < cols; ++c)
+        store(y[c], sums[static_cast<std::size_t>(r * kFewRowsCols + c)]);
+    }
+  }
 }
 
 template <class T>
 void forward_few_rows(Stream& stream, const FfnForward& args) {
+  few_rows_inner<T>(stream, args, args.low_rank.gate, args.x, false);
+  few_rows_inner<T>(stream, args, args.low_rank.up, args.x, false);
   for_each_block(stream, args.segments, args.shape.ff_size,
                  [&](const Segment& segment, std::int64_t begin, std::int64_t cols) {
                    few_rows_act<T>(args, segment, begin, cols);
                  });
+  few_rows_inner<T>(stream, args, args.low_rank.down, args.act, true);
   for_each_block(stream, args.segments, args.shape.hidden_size,
                  [&](const Segment& segment, std::int64_t begin, std::int64_t cols) {
                    few_rows_down<T>(args, segment, begin, cols);

@@ -17,13 +17,15 @@ DenseFfn::DenseFfn(const std::string& prefix, std::int64_t hidden_size, std::int
                         .shape = {hidden_size, ff_size},
                         .init_std = down_init_std,
                         .whole_leaves = true});
+  adapters_ = FfnAdapters(gate_, up_, down_, registry);
 }
 
 DenseFfn::Saved DenseFfn::allocate(Arena& arena, std::int64_t num_tokens, DType compute) const {
   const std::int64_t rows = padded_rows(num_tokens);
   const std::int64_t f = shape_.ff_size;
   return {arena.allocate(compute, rows, 2 * f, ffn_row_stride(2 * f)),
-          arena.allocate(compute, rows, f, ffn_row_stride(f))};
+          arena.allocate(compute, rows, f, ffn_row_stride(f)),
+          adapters_.allocate(arena, rows, compute)};
 }
 
 FfnWeights DenseFfn::weights(const ParamStore& params) const {
@@ -44,7 +46,8 @@ void DenseFfn::forward(PassContext& ctx, const ParamStore& params, TensorView y,
                            .weights = weights(params),
                            .shape = shape_,
                            .segments = {&segment, 1},
-                           .few_rows = ctx.decoding});
+                           .few_rows = ctx.decoding,
+                           .low_rank = adapters_.views(params, saved.u)});
 }
 
 void DenseFfn::backward(PassContext& ctx, const ParamStore& params, TensorView dx,
@@ -56,6 +59,7 @@ void DenseFfn::backward(PassContext& ctx, const ParamStore& params, TensorView d
   const std::int64_t f = shape_.ff_size;
   const TensorView dy_padded = ctx.scratch.allocate(dy.dtype, rows, h, ffn_row_stride(h));
   const TensorView dgate_up = ctx.scratch.allocate(dy.dtype, rows, 2 * f, ffn_row_stride(2 * f));
+  const FfnAdapters::Rows v = adapters_.allocate(ctx.scratch, rows, dy.dtype);
   ffn_backward(ctx.stream, {.dx = dx,
                             .dy = dy_padded,
                             .dgate_up = dgate_up,
@@ -63,7 +67,8 @@ void DenseFfn::backward(PassContext& ctx, const ParamStore& params, TensorView d
                             .gate_up = saved.gate_up,
                             .weights = weights(params),
                             .shape = shape_,
-                            .segments = {&segment, 1}});
+                            .segments = {&segment, 1},
+                            .low_rank = adapters_.views(params, v)});
   ffn_wgrad(ctx.stream, {.dgate = params.sums(gate_),
                          .dup = params.sums(up_),
                          .ddown = params.sums(down_),
@@ -73,11 +78,14 @@ void DenseFfn::backward(PassContext& ctx, const ParamStore& params, TensorView d
                          .dgate_up = dgate_up,
                          .shape = shape_,
                          .segments = {&segment, 1}});
+  adapters_.add_leaves(ctx, params, x, saved.act, dy_padded, dgate_up, saved.u, v, {&segment, 1});
 }
 
 std::vector<GemmShape> DenseFfn::gemm_shapes(std::int64_t max_tokens, DType compute,
                                              bool training) const {
-  return ffn_gemm_shapes(shape_, compute, max_tokens, training);
+  std::vector<GemmShape> shapes = ffn_gemm_shapes(shape_, compute, max_tokens, training);
+  adapters_.append_gemm_shapes(shape_, compute, max_tokens, training, shapes);
+  return shapes;
 }
 
 }  // namespace arcus

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "kernels/ffn.hpp"
+#include "src/model/lora.hpp"
 #include "src/model/param_registry.hpp"
 #include "src/model/pass.hpp"
 
@@ -20,6 +21,7 @@ class DenseFfn {
   struct Saved {
     TensorView gate_up;  ///< [Tp, 2F]
     TensorView act;      ///< [Tp, F]
+    FfnAdapters::Rows u;
   };
   Saved allocate(Arena& arena, std::int64_t num_tokens, DType compute) const;
   /// y [T, H] = down(silu(gate x) * up x).
@@ -28,6 +30,10 @@ class DenseFfn {
   /// dx [T, H]; adds the leaves. x has 32 readable, finite rows behind it.
   void backward(PassContext& ctx, const ParamStore& params, TensorView dx, ConstTensorView dy,
                 ConstTensorView x, const Saved& saved) const;
+  /// Adds up what backward needs besides.
+  void allocate_adapter_scratch(Arena& arena, std::int64_t num_tokens, DType compute) const {
+    adapters_.allocate(arena, padded_rows(num_tokens), compute);
+  }
   std::vector<GemmShape> gemm_shapes(std::int64_t max_tokens, DType compute, bool training) const;
   const FfnShape& shape() const { return shape_; }
 
@@ -36,6 +42,7 @@ class DenseFfn {
   Segment whole(const PassContext& ctx) const;
   FfnShape shape_;
   ParamRef gate_, up_, down_;
+  FfnAdapters adapters_;
 };
 
 }  // namespace arcus
