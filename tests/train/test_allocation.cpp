@@ -135,6 +135,20 @@ TEST(Allocation, AWarmStepAllocatesNothing) {
   }
 }
 
+TEST(Allocation, NorWithAdapters) {
+  const TemporaryFolder folder("arcus_allocation");
+  const TokenDataset dataset = small_dataset(folder.path());
+  for (const char* dtype : compute_dtypes()) {
+    TrainerOptions options = small_training();
+    options.train.dtype = dtype;
+    options.model.num_shared_experts = 1;
+    options.model.first_k_dense = 1;
+    options.lora = {.rank = 6, .match = "_proj"};
+    count_in_steps(dataset, options);
+    expect_nothing_allocated(dtype);
+  }
+}
+
 TEST(Allocation, NorWithAnyRouting) {
   const TemporaryFolder folder("arcus_allocation");
   const TokenDataset dataset = small_dataset(folder.path());

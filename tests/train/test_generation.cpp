@@ -5,6 +5,7 @@
 
 #include <cmath>
 
+#include "src/base/rng.hpp"
 #include "src/train/generation.hpp"
 #include "tests/support/routing_cases.hpp"
 #include "tests/support/training_fixture.hpp"
@@ -94,17 +95,25 @@ class Decoding : public ::testing::TestWithParam<RoutingCase> {};
 INSTANTIATE_TEST_SUITE_P(Routings, Decoding, ::testing::ValuesIn(routing_cases()),
                          [](const auto& param) { return param.param.name; });
 
-TEST_P(Decoding, KvCacheAgreesWithAFullForwardPass) {
+/// Logits of one token after the other, with `decoding`, are those of a full forward pass.
+void expect_cache_agrees(const InstanceOptions& decoding) {
   auto self = make_self_communicator();
   Stream stream(1);
-  InstanceOptions decoding = decoding_options(1);
-  GetParam().apply(decoding.model, decoding.routing);
   ModelInstance decoder(make_process_groups(*self, 1), stream, decoding);
   decoder.initialize_parameters();
   InstanceOptions full = decoding;
   full.seq_len = 12;
   ModelInstance whole(make_process_groups(*self, 1), stream, full);
   whole.initialize_parameters();
+  // Adapters start without effect.
+  for (ModelInstance* instance : {&decoder, &whole}) {
+    for (const FlatId flat : {FlatId::dense_adapter, FlatId::expert_adapter}) {
+      const auto values = instance->params().flat_values(flat).span<float>();
+      for (std::size_t i = 0; i < values.size(); ++i) {
+        values[i] = 0.1F * Rng(5, "adapters", "").normal(i);
+      }
+    }
+  }
 
   std::vector<std::int32_t> ids, targets;
   for (std::int32_t i = 0; i < 12; ++i) {
@@ -147,6 +156,19 @@ TEST_P(Decoding, KvCacheAgreesWithAFullForwardPass) {
     const double loss = std::log(sum) - logits[static_cast<std::size_t>(targets[at])];
     EXPECT_NEAR(loss, losses[at], 1e-5) << "position " << position;
   }
+}
+
+TEST_P(Decoding, KvCacheAgreesWithAFullForwardPass) {
+  InstanceOptions decoding = decoding_options(1);
+  GetParam().apply(decoding.model, decoding.routing);
+  expect_cache_agrees(decoding);
+}
+
+TEST(Generation, KvCacheAgreesWithAFullForwardPassThroughAdapters) {
+  InstanceOptions decoding = decoding_options(1);
+  decoding.model.first_k_dense = 1;
+  decoding.lora = {.rank = 5, .alpha = 7, .match = "_proj"};
+  expect_cache_agrees(decoding);
 }
 
 TEST(Sampling, KeepsToItsOptions) {

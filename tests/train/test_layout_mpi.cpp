@@ -25,12 +25,22 @@ void expect_bits_of_one_rank(const TrainerOptions& options, std::int64_t steps) 
   }
 }
 
-class LayoutMpi : public ::testing::TestWithParam<double> {};
+class CapacityLayoutMpi : public ::testing::TestWithParam<double> {};
 
-TEST_P(LayoutMpi, SameBitsAsOneRank) {
+TEST_P(CapacityLayoutMpi, SameBitsAsOneRank) {
   TrainerOptions options = small_training();
   options.routing.capacity_factor = GetParam();
   expect_bits_of_one_rank(options, 20);
+}
+
+TEST(LayoutMpi, AdaptersHaveTheBitsOfOneRank) {
+  TrainerOptions options = small_training();
+  options.lora = {.rank = 4, .match = "_proj"};
+  expect_bits_of_one_rank(options, 20);
+  // Those of experts alone, so that whole flats are frozen; some ranks hold nothing of them.
+  options.lora.match = "experts.(up|down)";
+  options.train.recompute = true;
+  expect_bits_of_one_rank(options, 5);
 }
 
 /// Every row of the routing tables.
@@ -44,7 +54,7 @@ TEST_P(RoutingLayoutMpi, SameBitsAsOneRank) {
 
 INSTANTIATE_TEST_SUITE_P(Tables, RoutingLayoutMpi, ::testing::ValuesIn(routing_cases()),
                          [](const auto& param) { return param.param.name; });
-INSTANTIATE_TEST_SUITE_P(CapacityFactors, LayoutMpi, ::testing::Values(0.0, 1.0));
+INSTANTIATE_TEST_SUITE_P(CapacityFactors, CapacityLayoutMpi, ::testing::Values(0.0, 1.0));
 
 }  // namespace
 }  // namespace arcus::testing
