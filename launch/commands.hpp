@@ -25,6 +25,7 @@ void add_generate_command(CLI::App& app, Action& action);
 void add_inspect_command(CLI::App& app, Action& action);
 void add_diff_command(CLI::App& app, Action& action);
 void add_convert_command(CLI::App& app, Action& action);
+void add_merge_command(CLI::App& app, Action& action);
 void add_status_command(CLI::App& app, Action& action);
 void add_supervise_command(CLI::App& app, Action& action);
 void add_bench_command(CLI::App& app, Action& action);

@@ -75,6 +75,7 @@ int run(int argc, char** argv) {
   add_inspect_command(app, action);
   add_diff_command(app, action);
   add_convert_command(app, action);
+  add_merge_command(app, action);
   add_status_command(app, action);
   add_supervise_command(app, action);
   add_bench_command(app, action);
