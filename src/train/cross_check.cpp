@@ -77,7 +77,7 @@ std::uint64_t CrossCheck::digest_of_pass(const BatchSampler& sampler, std::int64
   const bool experts = instance_->groups().edp->size() > 1;
   StreamHash hash;
   for (const FlatId flat : kFlatIds) {
-    if (of_experts(flat) && !experts) continue;
+    if (is_by_expert(flat) && !experts) continue;
     const TensorView sums = instance_->params().flat_sums(flat);
     hash.update(sums.data, static_cast<std::size_t>(sums.size()) * size_of(sums.dtype));
   }

@@ -24,6 +24,7 @@ InstanceOptions instance_options(const TrainerOptions& o) {
           .seed = o.seed,
           .weight_decay = o.train.weight_decay,
           .groups = o.groups,
+          .lora = o.lora,
           .dispatch_path = o.dispatch_path};
 }
 

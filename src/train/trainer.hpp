@@ -21,6 +21,7 @@ struct TrainerOptions {
   std::vector<RoutingOverride> overrides;
   TrainConfig train;
   std::vector<ParamGroupConfig> groups;
+  LoraConfig lora;
   std::uint64_t seed = 1;
   bool reproducible = true;
   DispatchPath dispatch_path = DispatchPath::automatic;
