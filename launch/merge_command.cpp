@@ -2,10 +2,12 @@
 
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "checkpoints/checkpoint.hpp"
+#include "launch/adapters.hpp"
 #include "launch/commands.hpp"
 #include "launch/rewrite.hpp"
 #include "launch/run_config.hpp"
@@ -31,12 +33,6 @@ constexpr const char* kFooter =
     "  arcus merge runs/tuned --out runs/merged\n"
     "  arcus eval runs/merged";
 
-std::vector<float> read_floats(TensorReader& reader, const StoredTensor& tensor) {
-  std::vector<float> values(static_cast<std::size_t>(tensor.spec.num_elements()));
-  reader.read(tensor, values.data());
-  return values;
-}
-
 class Merging final : public Rewriting {
  public:
   Merging(const Checkpoint& checkpoint, const LoraConfig& lora)
@@ -53,42 +49,18 @@ class Merging final : public Rewriting {
                          const TensorSpec& after) const override {
     std::vector<char> bytes(static_cast<std::size_t>(tensor.bytes()));
     reader.read(tensor, bytes.data());
-    if (!after.name.ends_with(".weight")) return bytes;
-    const StoredTensor* a = checkpoint_.find(lora_a_name(after.name));
-    const StoredTensor* b = checkpoint_.find(lora_b_name(after.name));
-    if (a == nullptr && b == nullptr) return bytes;
-    require_pair(after, a, b);
-    merge(after, bytes, read_floats(reader, *a), read_floats(reader, *b));
+    const auto adapters = StoredAdapters::find(checkpoint_, lora_, after);
+    if (!adapters) return bytes;
+    const std::span<float> w(reinterpret_cast<float*>(bytes.data()),
+                             static_cast<std::size_t>(after.num_elements()));
+    const std::size_t size = w.size() / static_cast<std::size_t>(after.num_units);
+    for (std::int64_t unit = 0; unit < after.num_units; ++unit) {
+      adapters->merge(reader, unit, w.subspan(static_cast<std::size_t>(unit) * size, size));
+    }
     return bytes;
   }
 
  private:
-  void require_pair(const TensorSpec& weight, const StoredTensor* a, const StoredTensor* b) const {
-    const std::int64_t out = weight.unit_rows(), in = weight.cols();
-    const bool fits = a != nullptr && b != nullptr && weight.dtype == DType::f32 &&
-                      a->spec.dtype == DType::f32 && b->spec.dtype == DType::f32 &&
-                      a->spec.num_units == weight.num_units &&
-                      b->spec.num_units == weight.num_units && a->spec.cols() == in &&
-                      b->spec.unit_rows() == out && a->spec.unit_rows() == lora_.rank &&
-                      b->spec.cols() == lora_.rank;
-    ARCUS_REQUIRE(fits, ExitCode::checkpoint,
-                  "{}: the adapters of {} are not a pair of rank {} that fits it",
-                  checkpoint_.path.string(), weight.name, lora_.rank);
-  }
-  void merge(const TensorSpec& weight, std::vector<char>& bytes, const std::vector<float>& a,
-             const std::vector<float>& b) const {
-    const std::int64_t out = weight.unit_rows(), in = weight.cols(), rank = lora_.rank;
-    const auto unit = [](auto all, std::int64_t e, std::int64_t size) {
-      return all.subspan(static_cast<std::size_t>(e * size), static_cast<std::size_t>(size));
-    };
-    const std::span<float> w(reinterpret_cast<float*>(bytes.data()),
-                             static_cast<std::size_t>(weight.num_elements()));
-    for (std::int64_t e = 0; e < weight.num_units; ++e) {
-      merge_lora(unit(w, e, out * in), unit(w, e, out * in), unit(std::span(a), e, rank * in),
-                 unit(std::span(b), e, out * rank), out, in, rank, lora_.scale());
-    }
-  }
-
   const Checkpoint& checkpoint_;
   LoraConfig lora_;
 };
