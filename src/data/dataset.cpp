@@ -285,7 +285,7 @@ std::uint64_t fingerprint_of(const Manifest& manifest) {
                         hex(domain.valid.tokens_hash));
     // Which tokens are learned stands among the metadata.
     for (const FileRecord* file : {&domain.train, &domain.valid}) {
-      if (file->num_targets) text += " " + hex(file->metadata_hash);
+      if (file->num_targets) text += fmt::format(" {}", hex(file->metadata_hash));
     }
   }
   return hash_text(text);

@@ -54,6 +54,30 @@ class PairRuns : public ::testing::Test {
     return lines;
   }
 
+  /// Of a first step whose loss is the sum over targets divided by their number.
+  static double gradient_norm_by_hand(const TrainerOptions& options, const BatchSampler& sampler,
+                                      std::int64_t targets) {
+    Stream stream(1);
+    ModelInstance instance(make_process_groups(*self_, 1), stream, instance_options(options));
+    instance.initialize_parameters();
+    Optimizer optimizer(instance, options.train);
+    BatchBuffers buffers(options.train.micro_batch_seqs, options.train.seq_len);
+    MicroBatchStats stats = instance.transformer().make_stats();
+    auto workspace = instance.transformer().make_workspace();
+    instance.params().start_sums(stream);
+    const std::int64_t seqs = options.train.micro_batch_seqs;
+    const std::int64_t micro_batches = options.train.global_batch_seqs / seqs;
+    for (std::int64_t n = 0; n < micro_batches; ++n) {
+      MicroBatch batch = buffers.fill(sampler, n, seqs, n * seqs);
+      batch.loss_scale = 1 / static_cast<double>(targets);
+      batch.weight = 1 / static_cast<double>(micro_batches);
+      PassContext ctx = instance.pass(batch, stats);
+      instance.transformer().train(ctx, instance.params(), instance.dispatcher(), workspace, false);
+    }
+    optimizer.reduce_gradients();
+    return optimizer.gradient_norm();
+  }
+
   static inline std::unique_ptr<TemporaryFolder> folder_;
   static inline std::unique_ptr<TokenDataset> dataset_;
   static inline std::unique_ptr<Communicator> self_ = make_self_communicator();
@@ -81,6 +105,7 @@ TEST_F(PairRuns, TheLossIsTheMeanOverAnswers) {
     // As a fresh model's mean must be; a mean over all tokens would be far less.
     if (step > 0) continue;
     EXPECT_NEAR(metrics.ce, std::log(256.0), 0.1);
+    EXPECT_EQ(metrics.grad_norm, gradient_norm_by_hand(options, run.sampler(), targets));
   }
   // Where everything is learned nothing is said.
   TrainingRun text(*self_, 1, options, *dataset_, 1, mix(1, 0));
