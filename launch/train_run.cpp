@@ -495,6 +495,9 @@ CheckpointInfo TrainRun::checkpoint_info() const {
                 {extra_key::kDataFingerprint, hex(dataset_.fingerprint())},
                 {extra_key::kGradientScaleBits, fmt::format("{}", kLeafScaleBits)},
                 {extra_key::kEpSize, fmt::format("{}", instance_->groups().ep->size())}};
+  if (const std::string& how = dataset_.manifest().pair_template; !how.empty()) {
+    info.extra[extra_key::kPairTemplate] = how;
+  }
   if (!init_from_.empty()) info.extra[extra_key::kInitFrom] = init_from_;
   return info;
 }

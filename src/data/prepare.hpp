@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "src/data/documents.hpp"
+#include "src/data/pairs.hpp"
 
 namespace arcus {
 
@@ -15,12 +16,14 @@ struct DomainSource {
   std::string name;                ///< letters, digits, '_', '-', '.': files are named after it
   std::vector<std::string> paths;  ///< as expand_paths takes them
   DocumentRule rule;
+  bool pairs = false;  ///< files of a JSON object a line (read_pair), each a document
 };
 
 struct PrepareOptions {
   std::filesystem::path out;
   std::string tokenizer = "bytes";  ///< "bytes" or "spm:VOCAB"
   std::vector<DomainSource> domains;
+  std::string pair_template = PairTemplate::kPlain;
   double valid_fraction = 0.05;        ///< share of each domain's bytes that is held out
   std::uint64_t seed = 1;              ///< of the choice of held-out documents
   bool force = false;                  ///< replace an existing data set
@@ -31,6 +34,8 @@ struct PrepareOptions {
 
 /// Adds "NAME=PATH" to the sources, or "PATH" to the one added last.
 void add_domain_argument(const std::string& argument, std::vector<DomainSource>& domains);
+/// The same of files of pairs; "PATH" alone, where none was added last, to the domain "pairs".
+void add_pairs_argument(const std::string& argument, std::vector<DomainSource>& domains);
 
 struct PrepareProgress {
   std::string stage;   ///< "reading", "training the tokenizer", "writing"
@@ -43,7 +48,8 @@ using PrepareCallback = std::function<void(const PrepareProgress&)>;
 struct SplitReport {
   std::int64_t documents = 0;
   std::int64_t bytes = 0;
-  std::int64_t tokens = 0;  ///< EOS included
+  std::int64_t tokens = 0;   ///< EOS included
+  std::int64_t targets = 0;  ///< of them, those that may be learned
 };
 
 struct DomainReport {

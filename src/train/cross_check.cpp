@@ -64,7 +64,10 @@ std::uint64_t CrossCheck::digest_of_pass(const BatchSampler& sampler, std::int64
   if (number >= 0) {
     batch = buffers_.fill(sampler, number, train.micro_batch_seqs,
                           steps_done * train.global_batch_seqs + number * train.micro_batch_seqs);
-    batch.loss_scale = 1.0 / static_cast<double>(train.global_batch_seqs * train.seq_len);
+    batch.loss_scale =
+        1.0 /
+        static_cast<double>(std::max<std::int64_t>(
+            1, sampler.num_targets(steps_done * train.global_batch_seqs, train.global_batch_seqs)));
     batch.weight = 1.0 / static_cast<double>(schedule_.num_micro_batches);
   }
   PassContext ctx = instance_->pass(batch, stats_);

@@ -163,6 +163,76 @@ TEST_F(Finetune, AdaptersAreMergedIntoTheWeights) {
   EXPECT_TRUE(contains(twice.out, "nothing to merge")) << twice.out;
 }
 
+// A mix of text and of pairs, whose answers are a letter that their prompts name.
+TEST_F(Finetune, PairsAreLearnedBesideText) {
+  const fs::path pairs = folder_ / "letters.jsonl";
+  {
+    std::ofstream file(pairs);
+    for (int i = 0; i < 208; ++i) {
+      const std::string letter(1, static_cast<char>('a' + i % 26));
+      file << Json{{"prompt", "say " + letter}, {"answer", letter + letter}, {"id", i}} << "\n";
+      file << Json{{"messages",
+                    {{{"role", "user"}, {"content", "now " + letter}},
+                     {{"role", "assistant"}, {"content", letter + letter}}}},
+                   {"id", i}}
+           << "\n";
+    }
+  }
+  const std::string mixed = (folder_ / "mixed").string();
+  const ShellResult prepared =
+      arcus(0, "prepare --out " + mixed +
+                   " --valid-fraction 0.1 --domain words=" + (folder_ / "text").string() +
+                   " --pairs letters=" + pairs.string() + " --template '<{prompt}>{answer}'");
+  ASSERT_EQ(prepared.code, 0) << prepared.out;
+  EXPECT_TRUE(contains(prepared.out, "letters: 1.2k of 4.2k tokens are answers")) << prepared.out;
+  EXPECT_TRUE(contains(arcus(0, "inspect " + mixed).out, " learned")) << prepared.out;
+
+  const std::string run = run_dir("letters").string();
+  const ShellResult tuned =
+      arcus(2, tune("letters", "--init " + base() + " --set run.data=" + mixed +
+                                   " --set train.steps=250 --set train.lr=1e-2 --set "
+                                   "train.schedule=constant --set eval.batches=0 --set "
+                                   "train.lora.rank=8 --set train.lora.match=_proj --set "
+                                   "'data.domain=[{name=\"words\", weight=1.0}, "
+                                   "{name=\"letters\", weight=3.0}]' --set "
+                                   "'train.group=[{part=\"embeddings\"}]' --set "
+                                   "data.cross_document_attention=false"));
+  ASSERT_EQ(tuned.code, 0) << tuned.out;
+  EXPECT_TRUE(contains(read_file(run_dir("letters") / "metrics.jsonl"), "\"targets\":"));
+  const ShellResult said = arcus(
+      2, "generate " + run + " --ask --prompt 'say q' --temperature 0 --max-tokens 3 2>/dev/null");
+  EXPECT_EQ(said.out, "<say q>qq\n");
+  EXPECT_EQ(key("letters", "pair_template"), "<{prompt}>{answer}");
+  const ShellResult no_pairs = arcus(0, "generate " + base() + " --ask --prompt a");
+  EXPECT_EQ(no_pairs.code, 64) << no_pairs.out;
+  EXPECT_TRUE(contains(no_pairs.out, "not trained on pairs")) << no_pairs.out;
+
+  const std::string bad = (folder_ / "bad.jsonl").string();
+  std::ofstream(bad) << R"({"prompt": "p", "answer": "a"})"
+                     << "\n"
+                     << R"({"question": "p"})";
+  const ShellResult refused = arcus(0, "prepare --out " + mixed + "2 --pairs " + bad);
+  EXPECT_EQ(refused.code, 65) << refused.out;
+  EXPECT_TRUE(contains(refused.out, "bad.jsonl:2 is no pair")) << refused.out;
+  const ShellResult nothing = arcus(0, "prepare --out " + mixed + "2");
+  EXPECT_EQ(nothing.code, 64) << nothing.out;
+  EXPECT_TRUE(contains(nothing.out, "--pairs NAME=FILE.jsonl")) << nothing.out;
+}
+
+TEST_F(Finetune, AStepOfPromptsAloneEndsTheRunOnce) {
+  const std::string long_prompt = (folder_ / "long.jsonl").string();
+  std::ofstream(long_prompt) << Json{{"prompt", std::string(2000, 'p')}, {"answer", "a"}};
+  const std::string data = (folder_ / "long").string();
+  ASSERT_EQ(arcus(0, "prepare --out " + data + " --valid-fraction 0 --pairs " + long_prompt).code,
+            0);
+  const ShellResult run = arcus(2, tune("long", "--init " + base() + " --set run.data=" + data +
+                                                    " --set train.global_batch_seqs=2"));
+  EXPECT_EQ(run.code, 65) << run.out;
+  EXPECT_TRUE(contains(run.out, "nothing to learn")) << run.out;
+  const std::size_t first = run.out.find("arcus: error: ");
+  EXPECT_EQ(run.out.find("arcus: error: ", first + 1), std::string::npos) << run.out;
+}
+
 TEST_F(Finetune, AFreshGateOverOldExperts) {
   const std::string fresh = "--init " + base() + " --fresh 'mlp\\.gate' --set train.steps=1";
   const ShellResult tuned = arcus(0, tune("fresh", fresh + " --set train.lr=1e-12"));
