@@ -23,6 +23,8 @@ namespace extra_key {
 inline constexpr const char* kTokenizerKind = "tokenizer_kind";
 inline constexpr const char* kTokenizer = "tokenizer";  ///< Tokenizer::serialized()
 inline constexpr const char* kDataFingerprint = "data_fingerprint";
+inline constexpr const char* kPairTemplate = "pair_template";  ///< PairTemplate, of its pairs
+inline constexpr const char* kInitFrom = "init_from";  ///< where the run's first weights came from
 inline constexpr const char* kEpSize = "ep_size";
 inline constexpr const char* kGradientScaleBits = "gradient_scale_bits";  ///< S: sums hold g * 2^S
 }  // namespace extra_key

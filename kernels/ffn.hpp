@@ -32,6 +32,7 @@ struct FfnShape {
 
   bool gated() const { return activation == Activation::swiglu; }
   std::int64_t gate_up_size() const { return gated() ? 2 * ff_size : ff_size; }  ///< U
+  std::int64_t up_begin() const { return gated() ? ff_size : 0; }  ///< up's first column of U
   /// Of one expert's matrices.
   std::int64_t weight_elements() const { return hidden_size * (gate_up_size() + ff_size); }
 };
@@ -45,6 +46,24 @@ struct FfnWeights {
   std::int64_t bias_stride = 0;
 };
 
+/// Low-rank adapters of a weight [out, in]: A [r, in] and B [out, r] of local expert 0
+/// (low_rank.hpp says what they compute). Empty: there are none.
+struct LowRankWeights {
+  ConstTensorView a, b;
+  std::int64_t expert_stride = 0;  ///< elements between experts, same for both
+  double scale = 1;                ///< alpha / r
+
+  bool empty() const { return a.empty(); }
+};
+/// The adapters of one projection, and where its inner rows go: u forward, v backward.
+struct FfnLowRankPart {
+  LowRankWeights weights;
+  TensorView inner;  ///< [Rp, r] out, dense
+};
+struct FfnLowRank {
+  FfnLowRankPart gate, up, down;
+};
+
 struct FfnForward {
   TensorView y;        ///< [R, H] out
   TensorView gate_up;  ///< [Rp, U] out, kept for backward; left alone with few_rows
@@ -54,6 +73,7 @@ struct FfnForward {
   FfnShape shape;
   std::span<const Segment> segments;
   bool few_rows = false;  ///< as Linear::few_rows
+  FfnLowRank low_rank;    ///< added to the projections
 };
 ARCUS_DECLARE_OP(ffn_forward, FfnForward)
 
@@ -71,6 +91,7 @@ struct FfnBackward {
   FfnWeights weights;
   FfnShape shape;
   std::span<const Segment> segments;
+  FfnLowRank low_rank;
 };
 ARCUS_DECLARE_OP(ffn_backward, FfnBackward)
 

@@ -53,6 +53,7 @@ struct Named {
 constexpr Named kNamed[] = {
     {"ffn_", Family::experts},
     {"linear_", Family::dense},
+    {"low_rank_", Family::dense},
     {"attention_", Family::attention},
     {"gate_", Family::gate},
     {"select_", Family::gate},

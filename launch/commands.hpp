@@ -28,6 +28,7 @@ void add_convert_command(CLI::App& app, Action& action);
 void add_export_command(CLI::App& app, Action& action);
 void add_import_command(CLI::App& app, Action& action);
 void add_upcycle_command(CLI::App& app, Action& action);
+void add_merge_command(CLI::App& app, Action& action);
 void add_status_command(CLI::App& app, Action& action);
 void add_supervise_command(CLI::App& app, Action& action);
 void add_bench_command(CLI::App& app, Action& action);

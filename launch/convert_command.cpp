@@ -4,18 +4,17 @@
 #include <charconv>
 #include <filesystem>
 #include <memory>
-#include <numeric>
+#include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
 #include "checkpoints/checkpoint.hpp"
-#include "checkpoints/run_lock.hpp"
 #include "launch/checks.hpp"
 #include "launch/commands.hpp"
-#include "launch/run_folder.hpp"
+#include "launch/rewrite.hpp"
 #include "launch/run_setup.hpp"
 #include "launch/session.hpp"
-#include "launch/version.hpp"
 #include "src/base/error.hpp"
 #include "src/model/expert_count.hpp"
 
@@ -121,18 +120,6 @@ Config converted_config(const Arguments& arguments, Config config) {
   return config;
 }
 
-/// Which tensors a rank takes: whole ones, in turn to the rank with the fewest bytes so far.
-std::vector<int> share_out(const std::vector<StoredTensor>& tensors, int num_ranks) {
-  std::vector<std::int64_t> bytes(static_cast<std::size_t>(num_ranks));
-  std::vector<int> owner;
-  for (const StoredTensor& tensor : tensors) {
-    const auto least = std::min_element(bytes.begin(), bytes.end());
-    owner.push_back(static_cast<int>(least - bytes.begin()));
-    *least += tensor.bytes();
-  }
-  return owner;
-}
-
 /// optimizer/m/NAME and optimizer/v/NAME belong to NAME.
 std::string parameter_of(const std::string& tensor) {
   constexpr std::string_view kOptimizer = "optimizer/";
@@ -140,36 +127,18 @@ std::string parameter_of(const std::string& tensor) {
   return tensor.substr(tensor.find('/', kOptimizer.size()) + 1);
 }
 
-class Conversion {
+class Conversion final : public Rewriting {
  public:
   Conversion(const Checkpoint& checkpoint, const Config& config, ExpertMap experts,
              const Arguments& arguments)
       : checkpoint_(checkpoint),
         experts_(std::move(experts)),
         arguments_(arguments),
-        by_expert_(tensors_by_expert(config.model, config.routing, resolve_overrides(config))) {}
+        by_expert_(tensors_by_expert(config.model, config.routing, resolve_overrides(config),
+                                     config.lora)) {}
 
-  /// This rank's tensors, read and converted; the others' descriptions.
-  std::vector<StateView> run(int rank, int num_ranks) {
-    const std::vector<int> owner = share_out(checkpoint_.tensors, num_ranks);
-    TensorReader reader(checkpoint_);
-    std::vector<StateView> views;
-    memory_.reserve(checkpoint_.tensors.size());
-    for (std::size_t i = 0; i < checkpoint_.tensors.size(); ++i) {
-      const StoredTensor& tensor = checkpoint_.tensors[i];
-      StateView& view = views.emplace_back(StateView{converted(tensor.spec), false, {}});
-      if (owner[i] != rank || view.spec.num_elements() == 0) continue;
-      memory_.push_back(read(reader, tensor, view.spec));
-      view.slices.push_back({{0, view.spec.num_rows()}, memory_.back().data()});
-    }
-    return views;
-  }
-
- private:
-  bool of_experts(const TensorSpec& spec) const {
-    return by_expert_.contains(parameter_of(spec.name));
-  }
-  TensorSpec converted(TensorSpec spec) const {
+  std::optional<TensorSpec> rewritten(const TensorSpec& before) const override {
+    TensorSpec spec = before;
     if (!of_experts(spec)) return spec;
     ARCUS_REQUIRE(!spec.shape.empty() && spec.shape[0] == experts_.num_before(),
                   ExitCode::checkpoint, "{}: {} has {} experts, the configuration {}",
@@ -179,8 +148,9 @@ class Conversion {
     if (spec.num_units == experts_.num_before()) spec.num_units = experts_.num_after();
     return spec;
   }
+
   std::vector<char> read(TensorReader& reader, const StoredTensor& tensor,
-                         const TensorSpec& after) const {
+                         const TensorSpec& after) const override {
     std::vector<char> bytes(static_cast<std::size_t>(tensor.bytes()));
     reader.read(tensor, bytes.data());
     if (!of_experts(tensor.spec)) return bytes;
@@ -196,49 +166,32 @@ class Conversion {
     return result;
   }
 
+ private:
+  bool of_experts(const TensorSpec& spec) const {
+    return by_expert_.contains(parameter_of(spec.name));
+  }
+
   const Checkpoint& checkpoint_;
   ExpertMap experts_;
   const Arguments& arguments_;
   std::set<std::string> by_expert_;
-  std::vector<std::vector<char>> memory_;
 };
-
-CheckpointInfo converted_info(CheckpointInfo info, const Config& config) {
-  info.config_text = to_toml(config);
-  info.run_id = new_run_id();
-  info.created_by = "arcus " + version_line() + ", convert";
-  return info;
-}
 
 ExitCode run_on_ranks(Session& session, const Arguments& arguments) {
   Checkpoint checkpoint;
   Config before;
   Config config;
-  std::vector<StateView> views;
   std::unique_ptr<Conversion> conversion;
-  std::unique_ptr<RunLock> lock;
   session.together([&] {
     ARCUS_REQUIRE(!arguments.out.empty(), ExitCode::usage, "--out must name a folder");
     checkpoint = open_checkpoint(locate_checkpoint(arguments.path));
     before = from_toml(checkpoint.info.config_text, "the checkpoint's configuration");
-    choose_experts(arguments, before.model.num_experts);
+    ExpertMap experts = choose_experts(arguments, before.model.num_experts);
     config = converted_config(arguments, before);
-  });
-  session.together([&] {
-    if (!session.is_root()) return;
-    lock = std::make_unique<RunLock>(arguments.out);
-    ARCUS_REQUIRE(list_checkpoints(arguments.out).empty(), ExitCode::usage,
-                  "{} holds checkpoints of a run already; --out must be another folder",
-                  arguments.out);
-  });
-  session.together([&] {
-    conversion = std::make_unique<Conversion>(
-        checkpoint, before, choose_experts(arguments, before.model.num_experts), arguments);
-    views = conversion->run(session.rank(), session.comm().size());
+    conversion = std::make_unique<Conversion>(checkpoint, before, std::move(experts), arguments);
   });
   const SaveReport report =
-      save_checkpoint(session.comm(), session.stream(), arguments.out,
-                      converted_info(checkpoint.info, config), views, {.keep = 0});
+      rewrite_checkpoint(session, checkpoint, {arguments.out, "convert", config}, *conversion);
   if (session.is_root()) {
     fmt::print("{}: step {}, {} experts instead of {}, {:.1f} MB\n", report.path.string(),
                checkpoint.info.step, config.model.num_experts, before.model.num_experts,

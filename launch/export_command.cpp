@@ -5,7 +5,10 @@
 #include <filesystem>
 #include <memory>
 #include <optional>
+#include <set>
+#include <span>
 #include <string>
+#include <utility>
 
 #include "checkpoints/files.hpp"
 #include "launch/commands.hpp"
@@ -170,7 +173,7 @@ class Export {
     const ModelConfig model = stored_model();
     source_.model = portable_model(config_, model);
     source_.family = &choose_family(source_.model, target_, arguments_.family);
-    source_.read = read_from(checkpoint_);
+    source_.read = read_from(checkpoint_, config_.lora);
     source_.name = arguments_.name.empty() ? default_name() : arguments_.name;
     tokenizer_ = stored_tokenizer(checkpoint_.info);
     source_.tokenizer = tokenizer_.get();
@@ -184,6 +187,11 @@ class Export {
       spdlog::warn("{} holds no tokenizer: none is written", checkpoint_.path.string());
     }
     report_.notes = export_notes(source_.model, *source_.family, target_);
+    if (config_.lora.active()) {
+      report_.notes.push_back(fmt::format(
+          "the adapters of rank {} are merged into their weights, formed in fp64 and rounded once",
+          config_.lora.rank));
+    }
     for (const std::string& note : report_.notes) spdlog::info("note: {}", note);
     output_.emplace(arguments_.out, target_, arguments_.force);
   }
@@ -219,17 +227,24 @@ class Export {
         choose_probe_texts(session_, data, config_, source_.model.model.vocab_size);
     std::int64_t longest = 1;
     for (const auto& ids : texts.ids) longest = std::max(longest, std::ssize(ids));
-    ProbeResult before;
-    {
-      LoadedModel loaded = load_for_logits(session_, checkpoint_.path, {}, longest, /*exact=*/true);
-      before = probe(*loaded.instance, texts);
+    ProbeResult before = probe_checkpoint(texts, longest);
+    if (config_.lora.active()) {
+      ProbeResult merged = probe_units(source_.model, source_.read, texts, longest);
+      if (session_.is_root()) report_.merging = compare(before, merged);
+      before = std::move(merged);
     }
     std::optional<ModelFiles> files;
     session_.together([&] { files.emplace(written_path()); });
-    const ProbeResult after = probe_files(*files, texts, longest);
+    const auto read = [&](const ModelUnit& unit, std::span<float> out) { files->read(unit, out); };
+    const ProbeResult after = probe_units(files->model(), read, texts, longest);
     session_.together([&] {
       if (session_.is_root()) compare_all(*files, texts, before, after);
     });
+  }
+
+  ProbeResult probe_checkpoint(const ProbeTexts& texts, std::int64_t seq_len) {
+    LoadedModel loaded = load_for_logits(session_, checkpoint_.path, {}, seq_len, /*exact=*/true);
+    return probe(*loaded.instance, texts);
   }
 
   /// Where rank 0 has written.
@@ -238,13 +253,20 @@ class Export {
                           session_.is_root() ? output_->partial().string() : std::string());
   }
 
-  ProbeResult probe_files(const ModelFiles& files, const ProbeTexts& texts, std::int64_t seq_len) {
+  /// What a model computes whose numbers `read` gives.
+  ProbeResult probe_units(const PortableModel& model, const UnitReader& read,
+                          const ProbeTexts& texts, std::int64_t seq_len) {
     Stream stream(set_up_threads(ParallelConfig(), session_.comm(), session_.stream()));
-    const PortableModel& model = files.model();
     const int ep_size = resolve_ep_size(0, session_.comm().size(), model.model.num_experts);
     ModelInstance instance(make_process_groups(session_.comm(), ep_size), stream,
                            probe_options(model.model, model.routing, model.overrides, seq_len));
-    session_.together([&] { files.read(instance.parameter_views()); });
+    session_.together([&] {
+      std::set<std::string> names;
+      for (const TensorSpec& spec : portable_tensors(model)) names.insert(spec.name);
+      for (const StateView& view : instance.parameter_views()) {
+        if (names.contains(view.spec.name)) fill_units(view, read);
+      }
+    });
     instance.finish_reading();
     instance.build_primitives();
     return probe(instance, texts);

@@ -23,6 +23,35 @@ float rounded(FileType type, float value) {
   return type == FileType::bf16 ? static_cast<float>(bf16(value)) : value;
 }
 
+/// Logits of one model before and after its adapters are merged differ by rounding: by so much
+/// where their standard deviation is at most 1.
+constexpr double kMergingRounds = 1e-4;
+/// Two experts whose scores are that close are rare.
+constexpr double kMergingMoves = 1e-2;
+
+std::string failure_of_merging(const ProbeDifference& d) {
+  const double most = kMergingRounds * std::max(1.0, d.logit_std);
+  if (!(d.max_settled_logit <= most)) {
+    return fmt::format(
+        "merging the adapters changes logits by up to {:.3g}, more than the {:.3g} "
+        "that rounding explains",
+        d.max_settled_logit, most);
+  }
+  if (static_cast<double>(d.moved) > kMergingMoves * static_cast<double>(d.choices)) {
+    return fmt::format("merging the adapters moves {} of {} choices of experts", d.moved,
+                       d.choices);
+  }
+  return {};
+}
+
+nlohmann::ordered_json json_of_merging(const ProbeDifference& d) {
+  return {{"max_abs_logit_difference", d.max_logit},
+          {"max_abs_logit_difference_before_a_moved_choice", d.max_settled_logit},
+          {"mean_abs_token_loss_difference", d.mean_token_loss},
+          {"expert_choices", d.choices},
+          {"expert_choices_moved", d.moved}};
+}
+
 bool same_bits(float a, float b) {
   return std::bit_cast<std::uint32_t>(a) == std::bit_cast<std::uint32_t>(b);
 }
@@ -151,6 +180,10 @@ TensorComparison compare_tensors(const ExportSource& source, const ModelFiles& f
 
 std::string ExportReport::failure() const {
   if (!tensors.difference.empty()) return tensors.difference;
+  if (merging) {
+    const std::string reason = failure_of_merging(*merging);
+    if (!reason.empty()) return reason;
+  }
   const double allowed = allowed_loss_difference(source->type);
   if (source->type == FileType::f32) {
     if (!bias_shifted && !model.logits_equal) {
@@ -177,6 +210,14 @@ std::string ExportReport::summary() const {
     text += fmt::format(", a token's loss within {:.2g} in the mean", model.mean_token_loss);
     text += fmt::format(", {} of {} choices of experts moved", model.moved, model.choices);
   }
+  if (merging) {
+    text += fmt::format(", adapters merged: logits within {:.2g} of the unmerged model's",
+                        merging->max_settled_logit);
+    if (merging->moved > 0) {
+      text += fmt::format(" up to where a choice of experts moved ({} of {} did)", merging->moved,
+                          merging->choices);
+    }
+  }
   return text + fmt::format(", {} tokens", model.tokens);
 }
 
@@ -202,6 +243,7 @@ nlohmann::ordered_json ExportReport::json() const {
           {"perplexity_export", std::exp(model.loss_after)},
           {"expert_choices", model.choices},
           {"expert_choices_moved", model.moved},
+          {"merging_adapters", merging ? json_of_merging(*merging) : nullptr},
           {"notes", notes},
           {"written_by", "arcus " + version_line()}};
 }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 
 #include "checkpoints/interop/export_model.hpp"
@@ -29,6 +30,8 @@ struct ExportReport {
   std::string text_source;
   TensorComparison tensors;
   ProbeDifference model;
+  /// Of a run with adapters: the model as it was trained, beside the merged one that is written.
+  std::optional<ProbeDifference> merging;
   bool bias_shifted = false;
   std::vector<std::string> notes;
 

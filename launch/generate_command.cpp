@@ -14,6 +14,7 @@
 #include "launch/session.hpp"
 #include "launch/utf8_stream.hpp"
 #include "src/base/error.hpp"
+#include "src/data/pairs.hpp"
 #include "src/train/generation.hpp"
 
 namespace arcus {
@@ -30,6 +31,7 @@ struct Arguments {
   SamplingOptions sampling;
   bool ignore_eos = false;
   bool raw = false;
+  bool ask = false;
 };
 
 constexpr const char* kFooter =
@@ -41,6 +43,7 @@ constexpr const char* kFooter =
     "Examples:\n"
     "  arcus generate runs/quickstart --prompt \"In the beginning\"\n"
     "  arcus generate runs/quickstart --prompt '#include <' --temperature 0 --max-tokens 400\n"
+    "  arcus generate runs/tuned --ask --prompt 'What is an expert?'\n"
     "  mpirun -np 4 arcus generate runs/large --samples 3 --top-p 0.9 --seed 7";
 
 std::unique_ptr<Tokenizer> tokenizer_of(const LoadedModel& model) {
@@ -48,6 +51,15 @@ std::unique_ptr<Tokenizer> tokenizer_of(const LoadedModel& model) {
   ARCUS_REQUIRE(tokenizer != nullptr, ExitCode::checkpoint,
                 "{} holds no tokenizer, so no text can be generated", model.path.string());
   return tokenizer;
+}
+
+/// How the pairs were written that the model was trained on.
+PairTemplate stored_template(const LoadedModel& model) {
+  const auto stored = model.info.extra.find(extra_key::kPairTemplate);
+  ARCUS_REQUIRE(stored != model.info.extra.end(), ExitCode::usage,
+                "{} was not trained on pairs, so there is no template to --ask by; leave it out",
+                model.path.string());
+  return PairTemplate(stored->second);
 }
 
 /// Standard input reaches rank 0 alone.
@@ -121,13 +133,17 @@ class TextPrinter {
 };
 
 ExitCode run_on_ranks(Session& session, const Arguments& arguments) {
-  const std::vector<std::string> prompts = all_prompts(session, arguments);
+  std::vector<std::string> prompts = all_prompts(session, arguments);
   LoadedModel model = load_generator(session, arguments.path, arguments.sets,
                                      static_cast<std::int64_t>(prompts.size()));
   std::unique_ptr<Tokenizer> tokenizer;
   std::vector<std::vector<std::int32_t>> ids;
   session.together([&] {
     tokenizer = tokenizer_of(model);
+    if (arguments.ask) {
+      const PairTemplate how = stored_template(model);
+      for (std::string& prompt : prompts) prompt = how.prompt(prompt);
+    }
     for (const std::string& prompt : prompts) ids.push_back(prompt_ids(*tokenizer, prompt));
   });
   SamplingOptions sampling = arguments.sampling;
@@ -172,6 +188,8 @@ void add_generate_command(CLI::App& app, Action& action) {
       ->capture_default_str()
       ->check(whole_number(1, 1 << 20));
   command->add_flag("--ignore-eos", args->ignore_eos, "go on after the end of a document");
+  command->add_flag("--ask", args->ask,
+                    "put prompts into the template of the pairs that the model was trained on");
   command->add_flag("--raw", args->raw, "print bytes as they are, valid UTF-8 or not");
   command->add_option("--set", args->sets, "override a key of the run's configuration")
       ->expected(1)

@@ -66,6 +66,7 @@ Json domain_json(const DomainRecord& domain) {
                             {"tokens", file.num_tokens},
                             {"dtype", std::string(name_of(file.dtype))},
                             {"hash", hex(file.tokens_hash)}};
+    if (file.num_targets) json[name_of(split)]["targets"] = *file.num_targets;
   }
   return json;
 }
@@ -78,6 +79,7 @@ Json dataset_json(const TokenDataset& dataset, const fs::path& path) {
                {"vocab_size", dataset.vocab_size()},
                {"fingerprint", hex(dataset.fingerprint())},
                {"made_by", manifest.made_by}};
+  if (!manifest.pair_template.empty()) json["pair_template"] = manifest.pair_template;
   for (const DomainRecord& domain : manifest.domains)
     json["domains"].push_back(domain_json(domain));
   return json;
@@ -88,14 +90,17 @@ void print_dataset(const TokenDataset& dataset, const fs::path& path) {
   fmt::print("data set     {}\n", path.string());
   fmt::print("tokenizer    {}, vocabulary {}\n", manifest.tokenizer_kind, dataset.vocab_size());
   fmt::print("fingerprint  {}\n", hex(dataset.fingerprint()));
-  fmt::print("made by      {}\n\n", manifest.made_by);
+  fmt::print("made by      {}\n", manifest.made_by);
+  if (!manifest.pair_template.empty()) fmt::print("pairs        {}\n", manifest.pair_template);
+  fmt::print("\n");
   fmt::print("{:<16} {:<6} {:>10} {:>14} {:>14}\n", "domain", "split", "documents", "bytes",
              "tokens");
   for (const DomainRecord& domain : manifest.domains) {
     for (const Split split : kSplits) {
       const FileRecord& file = domain.file(split);
-      fmt::print("{:<16} {:<6} {:>10} {:>14} {:>14}\n", domain.name, name_of(split),
-                 file.num_documents, file.num_bytes, file.num_tokens);
+      fmt::print("{:<16} {:<6} {:>10} {:>14} {:>14}{}\n", domain.name, name_of(split),
+                 file.num_documents, file.num_bytes, file.num_tokens,
+                 file.num_targets ? fmt::format(", {} learned", *file.num_targets) : "");
     }
   }
 }

@@ -78,6 +78,7 @@ int run(int argc, char** argv) {
   add_export_command(app, action);
   add_import_command(app, action);
   add_upcycle_command(app, action);
+  add_merge_command(app, action);
   add_status_command(app, action);
   add_supervise_command(app, action);
   add_bench_command(app, action);

@@ -10,6 +10,7 @@
 
 #include "launch/run_config.hpp"
 #include "src/base/error.hpp"
+#include "src/model/param_registry.hpp"
 #include "src/model/routing.hpp"
 
 namespace arcus {
@@ -369,12 +370,37 @@ Section train_section() {
               "keep layer inputs only and run layers again in the backward pass")});
 }
 
+/// What a group may be restricted to.
+Limits part_names() {
+  std::vector<std::string> names(kParamParts.begin(), kParamParts.end());
+  names.emplace_back(kAnyPart);
+  return one_of(std::move(names));
+}
+
+Section lora_section() {
+  using C = LoraConfig;
+  return section<C>(
+      "train.lora", &Config::lora,
+      "Low-rank adapters instead of the weights themselves, which stay as they are",
+      {option("rank", &C::rank, "inner size of the adapters; 0 = none", between(0, 1024)),
+       option("alpha", &C::alpha, "what they add is multiplied by alpha / rank; 0 = rank",
+              at_least(0)),
+       option("match", &C::match,
+              "regular expression, searched in the weight's name: attention's q_proj, k_proj, "
+              "v_proj, o_proj; feed-forwards' and experts' gate_proj, up_proj, down_proj")});
+}
+
 Section group_section() {
   using C = ParamGroupConfig;
   return array_section<C>(
       "train.group", [](Config& c) -> std::vector<C>& { return c.groups; },
-      "Overrides for parameters whose name matches; the last match wins",
+      "Overrides for parameters of a part, or whose name matches, or both; the last match wins; "
+      "with adapters all else is frozen unless a row takes it in",
       {option("match", &C::match, "regular expression, searched in the parameter's name"),
+       option("part", &C::part,
+              "of these parameters alone: gates; routed experts; embedding and head; norms; "
+              "low-rank adapters; all others (dense)",
+              part_names()),
        option("lr_scale", &C::lr_scale, "factor on the learning rate", at_least(0)),
        option("weight_decay", &C::weight_decay, "negative: that of [train]"),
        option("frozen", &C::frozen, "no gradient, no optimizer state")});
@@ -496,9 +522,9 @@ const Option* Section::find(const std::string& option) const {
 
 const std::vector<Section>& option_table() {
   static const std::vector<Section> table = {
-      run_section(),      model_section(), routing_section(),   override_section(),
-      train_section(),    group_section(), data_section(),      domain_section(),
-      parallel_section(), eval_section(),  checkpoint_section()};
+      run_section(),    model_section(),    routing_section(), override_section(),
+      train_section(),  lora_section(),     group_section(),   data_section(),
+      domain_section(), parallel_section(), eval_section(),    checkpoint_section()};
   return table;
 }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "launch/adapters.hpp"
 #include "src/base/error.hpp"
 
 namespace arcus {
@@ -33,9 +34,9 @@ std::unique_ptr<Tokenizer> stored_tokenizer(const CheckpointInfo& info) {
   return load_tokenizer(kind->second, stored->second);
 }
 
-UnitReader read_from(const Checkpoint& checkpoint) {
+UnitReader read_from(const Checkpoint& checkpoint, const LoraConfig& lora) {
   auto reader = std::make_shared<TensorReader>(checkpoint);
-  return [reader, &checkpoint](const ModelUnit& unit, std::span<float> out) {
+  return [reader, lora, &checkpoint](const ModelUnit& unit, std::span<float> out) {
     const StoredTensor* tensor = checkpoint.find(unit.tensor);
     ARCUS_REQUIRE(tensor != nullptr, ExitCode::checkpoint, "{} has no tensor {}",
                   checkpoint.path.string(), unit.tensor);
@@ -47,6 +48,8 @@ UnitReader read_from(const Checkpoint& checkpoint) {
                   "{}: {} has {} numbers a unit, the configuration asks for {}",
                   checkpoint.path.string(), unit.tensor, rows * tensor->spec.cols(), out.size());
     reader->read(*tensor, {unit.unit * rows, (unit.unit + 1) * rows}, out.data());
+    const auto adapters = StoredAdapters::find(checkpoint, lora, tensor->spec);
+    if (adapters) adapters->merge(*reader, unit.unit, out);
   };
 }
 

@@ -19,8 +19,9 @@ std::string why_not_exportable(const Config& config, const ModelConfig& resolved
 /// The tokenizer that a checkpoint holds; null where it holds none.
 std::unique_ptr<Tokenizer> stored_tokenizer(const CheckpointInfo& info);
 
-/// Reads units of a checkpoint's tensors, each block verified; `checkpoint` must outlive it. Not
+/// Reads units of a checkpoint's tensors, each block verified; weights that have adapters (`lora`:
+/// the checkpoint's configuration) with these merged into them. `checkpoint` must outlive it. Not
 /// for several threads at once.
-UnitReader read_from(const Checkpoint& checkpoint);
+UnitReader read_from(const Checkpoint& checkpoint, const LoraConfig& lora);
 
 }  // namespace arcus

@@ -23,6 +23,7 @@ namespace {
 struct Arguments {
   PrepareOptions options;
   std::vector<std::string> domains;
+  std::vector<std::string> pairs;
   std::vector<std::string> separators;
   std::vector<std::string> split_bytes;
   std::int64_t spm_sample_mib = 32;
@@ -35,11 +36,20 @@ constexpr const char* kFooter =
     "text\n"
     "is chosen document by document, so it is never trained on.\n"
     "\n"
+    "Files of pairs hold a JSON object a line: {\"prompt\": ..., \"answer\": ...}, perhaps with\n"
+    "\"system\", or {\"messages\": [{\"role\": \"user\", \"content\": ...}, {\"role\": "
+    "\"assistant\", ...}]}.\n"
+    "Answers are learned, with what the template writes after them and the end of the document;\n"
+    "prompts are only read. {system} and what leads up to it is written where there is a system "
+    "text.\n"
+    "\n"
     "Examples:\n"
     "  arcus prepare --out data/code --domain 'c=/usr/include/**/*.h'\n"
     "  arcus prepare --out data/mix --tokenizer spm:8192 \\\n"
     "      --domain prose=books/ letters.txt --domain zh=zh/ --separator zh=%\n"
-    "  arcus prepare --out data/more --tokenizer checkpoint:runs/imported --domain more=texts/";
+    "  arcus prepare --out data/more --tokenizer checkpoint:runs/imported --domain more=texts/\n"
+    "  arcus prepare --out data/tune --domain code=src/ --pairs tasks=tasks.jsonl \\\n"
+    "      --template '### Q\\n{prompt}\\n### A\\n{answer}'";
 
 /// Splits "NAME=VALUE" and calls `set(source, VALUE)` for that domain; without NAME= for all.
 void for_named_domains(const std::string& argument, std::vector<DomainSource>& domains,
@@ -47,7 +57,9 @@ void for_named_domains(const std::string& argument, std::vector<DomainSource>& d
                        const std::function<void(DomainSource&, const std::string&)>& set) {
   const std::size_t equals = argument.find('=');
   if (equals == std::string::npos) {
-    for (DomainSource& domain : domains) set(domain, argument);
+    for (DomainSource& domain : domains) {
+      if (!domain.pairs) set(domain, argument);
+    }
     return;
   }
   const std::string name = argument.substr(0, equals);
@@ -78,6 +90,9 @@ PrepareOptions complete(const Arguments& arguments) {
   options.given = open_tokenizer_source(options.tokenizer);
   for (const std::string& argument : arguments.domains) {
     add_domain_argument(argument, options.domains);
+  }
+  for (const std::string& argument : arguments.pairs) {
+    add_pairs_argument(argument, options.domains);
   }
   for (const std::string& argument : arguments.separators) {
     for_named_domains(argument, options.domains, "--separator",
@@ -147,6 +162,12 @@ void print_report(const PrepareReport& report, const PrepareOptions& options) {
       fmt::print("{}: {} documents ({}) occurred before and were left out\n", d.name, d.duplicates,
                  format_bytes(d.duplicate_bytes));
     }
+    const std::int64_t targets = d.train.targets + d.valid.targets;
+    if (const std::int64_t tokens = d.train.tokens + d.valid.tokens; targets < tokens) {
+      fmt::print("{}: {} of {} tokens are answers, which are learned\n", d.name,
+                 format_count(static_cast<double>(targets)),
+                 format_count(static_cast<double>(tokens)));
+    }
     for (const std::string& note : d.notes) fmt::print("{}: {}\n", d.name, note);
   }
   fmt::print("vocabulary {}, written to {}\n", report.vocab_size, options.out.string());
@@ -174,9 +195,18 @@ void add_prepare_command(CLI::App& app, Action& action) {
   command
       ->add_option("--domain", args->domains,
                    "a domain and its text; give one --domain per kind of text")
-      ->required()
       ->expected(1, 1 << 20)
       ->type_name("NAME=PATH...");
+  command
+      ->add_option("--pairs", args->pairs,
+                   "prompts and answers to learn, a JSON object a line; a domain of their own")
+      ->expected(1, 1 << 20)
+      ->type_name("[NAME=]FILE...");
+  command
+      ->add_option("--template", o.pair_template,
+                   "how pairs are written; \\n is a line end, {{ a brace")
+      ->capture_default_str()
+      ->type_name("TEXT");
   command
       ->add_option("--tokenizer", o.tokenizer,
                    std::string("spm:VOCAB to train SentencePiece BPE, or one that is there: ") +

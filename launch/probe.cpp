@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <filesystem>
+#include <limits>
 #include <numeric>
 
 #include "launch/run_setup.hpp"
@@ -98,12 +99,13 @@ double ProbeResult::mean_loss() const {
 
 ProbeResult probe(ModelInstance& instance, const ProbeTexts& texts) {
   ProbeResult result;
-  const std::int64_t vocab = instance.options().model.vocab_size;
+  const std::int64_t vocab = result.vocab_size = instance.options().model.vocab_size;
   const auto consume = [&](std::size_t text, std::int64_t first, ConstTensorView logits) {
     const auto& ids = texts.ids[text];
     for (std::int64_t row = 0; row < logits.rows; ++row) {
       const std::span<const float> values(logits.row<float>(row), static_cast<std::size_t>(vocab));
       result.logits.insert(result.logits.end(), values.begin(), values.end());
+      result.begins_text.push_back(first + row == 0);
       const auto next = static_cast<std::size_t>(first + row + 1);
       if (next >= ids.size()) continue;
       result.token_loss.push_back(log_sum_exp(values) -
@@ -118,11 +120,62 @@ ProbeResult probe(ModelInstance& instance, const ProbeTexts& texts) {
                                         topk.row<std::int32_t>(t) + topk.cols);
       std::ranges::sort(experts);
       result.topk.insert(result.topk.end(), experts.begin(), experts.end());
+      // Logits of all texts before are there.
+      result.token_of_choice.push_back(result.begins_text.size() + static_cast<std::size_t>(t));
     }
   };
   evaluate_logits(instance, texts.ids, consume, observe);
   return result;
 }
+
+namespace {
+
+/// Which tokens another choice of experts was made for, in any layer.
+std::vector<bool> count_moved(const ProbeResult& before, const ProbeResult& after,
+                              ProbeDifference& d) {
+  std::vector<bool> moved(before.begins_text.size());
+  if (before.slots != after.slots || before.topk.size() != after.topk.size()) return moved;
+  auto own = before.topk.begin();
+  auto other = after.topk.begin();
+  for (const std::size_t token : before.token_of_choice) {
+    const bool same = std::equal(own, own + before.slots, other);
+    if (!same) moved[token] = true;
+    d.moved += same ? 0 : 1;
+    own += before.slots;
+    other += before.slots;
+  }
+  d.choices = std::ssize(before.token_of_choice);
+  return moved;
+}
+
+/// Bits, largest difference and spread of all logits.
+void compare_logits(const ProbeResult& before, const ProbeResult& after,
+                    const std::vector<bool>& moved, ProbeDifference& d) {
+  d.logits_equal = true;
+  double sum = 0;
+  double squares = 0;
+  bool settled = true;
+  const auto vocab = static_cast<std::size_t>(before.vocab_size);
+  for (std::size_t i = 0; i < before.logits.size(); ++i) {
+    if (i % vocab == 0) {
+      const std::size_t token = i / vocab;
+      settled = (settled || before.begins_text[token]) && !moved[token];
+    }
+    const auto x = static_cast<double>(before.logits[i]);
+    double difference = std::abs(x - static_cast<double>(after.logits[i]));
+    if (std::isnan(difference)) difference = std::numeric_limits<double>::infinity();
+    d.logits_equal &= std::bit_cast<std::uint32_t>(before.logits[i]) ==
+                      std::bit_cast<std::uint32_t>(after.logits[i]);
+    d.max_logit = std::max(d.max_logit, difference);
+    if (settled) d.max_settled_logit = std::max(d.max_settled_logit, difference);
+    sum += x;
+    squares += x * x;
+  }
+  const auto n = static_cast<double>(std::max<std::size_t>(1, before.logits.size()));
+  d.logit_std = std::sqrt(std::max(0.0, squares / n - sum / n * (sum / n)));
+}
+
+}  // namespace
 
 ProbeDifference compare(const ProbeResult& before, const ProbeResult& after) {
   ProbeDifference d{.tokens = std::ssize(before.token_loss),
@@ -130,34 +183,11 @@ ProbeDifference compare(const ProbeResult& before, const ProbeResult& after) {
                     .loss_after = after.mean_loss()};
   ARCUS_CHECK(before.logits.size() == after.logits.size(), "{} logits and {}", before.logits.size(),
               after.logits.size());
-  d.logits_equal = true;
-  double sum = 0;
-  double squares = 0;
-  for (std::size_t i = 0; i < before.logits.size(); ++i) {
-    const auto x = static_cast<double>(before.logits[i]);
-    const double difference = std::abs(x - static_cast<double>(after.logits[i]));
-    d.logits_equal &= std::bit_cast<std::uint32_t>(before.logits[i]) ==
-                      std::bit_cast<std::uint32_t>(after.logits[i]);
-    // A number that is none counts as far off.
-    if (!(difference <= d.max_logit)) d.max_logit = difference;
-    sum += x;
-    squares += x * x;
-  }
-  const auto n = static_cast<double>(std::max<std::size_t>(1, before.logits.size()));
-  d.logit_std = std::sqrt(std::max(0.0, squares / n - sum / n * (sum / n)));
+  compare_logits(before, after, count_moved(before, after, d), d);
   for (std::size_t t = 0; t < before.token_loss.size(); ++t) {
     d.mean_token_loss += std::abs(before.token_loss[t] - after.token_loss[t]);
   }
   d.mean_token_loss /= static_cast<double>(std::max<std::size_t>(1, before.token_loss.size()));
-  if (before.slots != after.slots || before.topk.size() != after.topk.size()) return d;
-  const auto slots = static_cast<std::ptrdiff_t>(std::max<std::int64_t>(1, before.slots));
-  for (std::ptrdiff_t at = 0; at < std::ssize(before.topk); at += slots) {
-    ++d.choices;
-    d.moved += std::equal(before.topk.begin() + at, before.topk.begin() + at + slots,
-                          after.topk.begin() + at)
-                   ? 0
-                   : 1;
-  }
   return d;
 }
 

@@ -24,10 +24,13 @@ ProbeTexts choose_probe_texts(Session& session, const std::string& data, const C
 
 /// What a model makes of them; filled on rank 0.
 struct ProbeResult {
+  std::int64_t vocab_size = 0;     ///< V
   std::vector<float> logits;       ///< [tokens, V]
+  std::vector<bool> begins_text;   ///< by token
   std::vector<double> token_loss;  ///< of each token that has a next one
   std::vector<std::int32_t> topk;  ///< the experts of every token of every layer, ascending
   std::int64_t slots = 0;          ///< of them per token and layer
+  std::vector<std::size_t> token_of_choice;  ///< whose each `slots` of topk are
   double mean_loss() const;
 };
 /// `instance` as evaluate_logits takes it. Collective.
@@ -35,8 +38,11 @@ ProbeResult probe(ModelInstance& instance, const ProbeTexts& texts);
 
 struct ProbeDifference {
   std::int64_t tokens = 0;
-  bool logits_equal = false;   ///< every bit
-  double max_logit = 0;        ///< largest |difference|
+  bool logits_equal = false;  ///< every bit
+  double max_logit = 0;       ///< largest |difference|
+  /// Of tokens whose own choices of experts, and those of all before them in their text, are the
+  /// same: what rounding alone explains.
+  double max_settled_logit = 0;
   double logit_std = 0;        ///< of the first model's logits
   double mean_token_loss = 0;  ///< mean |difference|
   double loss_before = 0, loss_after = 0;

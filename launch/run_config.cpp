@@ -328,8 +328,8 @@ void print_row(std::string& text, const Section& section, const void* row) {
 
 }  // namespace
 
-Config from_toml(std::string_view text, const std::string& source) {
-  Config config;
+Config from_toml(std::string_view text, const std::string& source, const Config& base) {
+  Config config = base;
   toml::table table;
   try {
     table = toml::parse(text, source);
@@ -343,7 +343,8 @@ Config from_toml(std::string_view text, const std::string& source) {
   return config;
 }
 
-Config load_config(const std::filesystem::path& file, std::span<const std::string> sets) {
+Config load_config(const std::filesystem::path& file, std::span<const std::string> sets,
+                   const Config& base) {
   std::error_code ignored;
   ARCUS_REQUIRE(!std::filesystem::is_directory(file, ignored), ExitCode::usage,
                 "{} is a folder; give a configuration file such as launch/configs/quickstart.toml",
@@ -353,7 +354,7 @@ Config load_config(const std::filesystem::path& file, std::span<const std::strin
                 file.string(), std::generic_category().message(errno));
   std::ostringstream text;
   text << stream.rdbuf();
-  Config config = from_toml(text.str(), file.string());
+  Config config = from_toml(text.str(), file.string(), base);
   for (const std::string& assignment : sets) apply_set(config, assignment);
   return config;
 }

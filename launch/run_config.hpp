@@ -32,17 +32,19 @@ struct Config {
   std::vector<RoutingOverrideRow> routing_overrides;
   TrainConfig train;
   std::vector<ParamGroupConfig> groups;
+  LoraConfig lora;
   DataConfig data;
   ParallelConfig parallel;
   EvalConfig eval;
   CheckpointConfig checkpoint;
 };
 
-/// Reads TOML text on top of the defaults. `source` names it in messages. Throws (usage) naming
+/// Reads TOML text on top of `base`. `source` names it in messages. Throws (usage) naming
 /// every unknown key, wrong type and value out of range, with its line and what would do.
-Config from_toml(std::string_view text, const std::string& source);
+Config from_toml(std::string_view text, const std::string& source, const Config& base = {});
 /// from_toml of a file, then each of `sets` ("section.key=value") in order; not yet validated.
-Config load_config(const std::filesystem::path& file, std::span<const std::string> sets);
+Config load_config(const std::filesystem::path& file, std::span<const std::string> sets,
+                   const Config& base = {});
 /// One `--set`: the value in TOML syntax, a bare word stands for text. Rows of an array are
 /// `section.N.key=value` (N counts from 0; the next free N adds a row) or `section=[{...}]`.
 void apply_set(Config& config, const std::string& assignment);

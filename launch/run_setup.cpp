@@ -37,6 +37,7 @@ TrainerOptions trainer_options(const Config& config, const ModelConfig& model) {
           .overrides = resolve_overrides(config),
           .train = config.train,
           .groups = config.groups,
+          .lora = config.lora,
           .seed = config.run.seed,
           .reproducible = config.run.reproducible,
           .dispatch_path = dispatch_path_from_name(config.parallel.dispatch)};
@@ -96,17 +97,58 @@ void check_same_config(Session& session, const Config& config) {
   });
 }
 
-LoadedConfig try_load_config(const std::filesystem::path& file,
-                             const std::vector<std::string>& sets) {
+namespace {
+
+LoadedConfig try_to(const std::function<Config()>& load) {
   LoadedConfig loaded;
   try {
-    loaded.config = load_config(file, sets);
+    loaded.config = load();
     validate(loaded.config);
     check_device(loaded.config);
   } catch (...) {
     loaded.error = std::current_exception();
   }
   return loaded;
+}
+
+/// The checkpoint that decides what the model is; nothing where the file does.
+std::optional<Checkpoint> model_of_run(const Config& config, const RunStart& start) {
+  std::vector<std::filesystem::path> own;
+  if (start.resume == "auto") {
+    if (!config.run.dir.empty()) own = list_checkpoints(config.run.dir);
+  } else if (start.resume != "none" && std::filesystem::exists(start.resume)) {
+    own.push_back(locate_checkpoint(start.resume));
+  }
+  for (const std::filesystem::path& path : own) {
+    try {
+      Checkpoint checkpoint = open_checkpoint(path);
+      if (checkpoint.info.extra.contains(extra_key::kInitFrom)) return checkpoint;
+      return std::nullopt;
+    } catch (const Error&) {
+      // Damaged: the run will say so, and go on from the one before.
+    }
+  }
+  if (start.init.path.empty()) return std::nullopt;
+  return open_checkpoint(locate_checkpoint(start.init.path));
+}
+
+}  // namespace
+
+LoadedConfig try_load_config(const std::filesystem::path& file,
+                             const std::vector<std::string>& sets) {
+  return try_to([&] { return load_config(file, sets); });
+}
+
+LoadedConfig try_load_run_config(const std::filesystem::path& file,
+                                 const std::vector<std::string>& sets, const RunStart& start) {
+  return try_to([&] {
+    Config config = load_config(file, sets);
+    const std::optional<Checkpoint> model = model_of_run(config, start);
+    if (!model) return config;
+    const Config stored =
+        from_toml(model->info.config_text, model->path.string() + " (configuration)");
+    return load_config_on(file, sets, stored, model->path, start.init.fresh);
+  });
 }
 
 namespace {

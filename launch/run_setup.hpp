@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "checkpoints/checkpoint.hpp"
+#include "launch/init_source.hpp"
 #include "launch/run_config.hpp"
 #include "launch/session.hpp"
 #include "src/data/dataset.hpp"
@@ -40,6 +41,15 @@ struct LoadedConfig {
 };
 LoadedConfig try_load_config(const std::filesystem::path& file,
                              const std::vector<std::string>& sets);
+/// How a run begins.
+struct RunStart {
+  std::string resume = "auto";  ///< "auto", "none" or a checkpoint's path
+  InitRequest init;             ///< where there is nothing to go on from
+};
+/// The same for `arcus train`: what the model is comes from the checkpoint that the run goes on
+/// from if it was itself started with --init, else from that of `start.init`, if there is one.
+LoadedConfig try_load_run_config(const std::filesystem::path& file,
+                                 const std::vector<std::string>& sets, const RunStart& start);
 
 /// A model in evaluation form, its weights read from a checkpoint: for `eval` and `generate`.
 struct LoadedModel {

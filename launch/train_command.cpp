@@ -26,7 +26,7 @@ namespace {
 struct Arguments {
   std::string config;
   std::vector<std::string> sets;
-  std::string resume = "auto";
+  RunStart start;
   bool plan = false;
   int ranks = 1;
   int ranks_per_node = 0;
@@ -39,15 +39,20 @@ constexpr const char* kFooter =
     "the\n"
     "step's end and exit with 75.\n"
     "\n"
+    "With --init a new run starts at step 0 from a checkpoint's weights; what the model is then\n"
+    "comes from the checkpoint, and [model] and [routing] may be left out of the file.\n"
+    "\n"
     "Examples:\n"
     "  arcus train launch/configs/quickstart.toml --set run.max_minutes=2\n"
+    "  arcus train tune.toml --init runs/quickstart --set train.lora.rank=8\n"
     "  mpirun -np 4 arcus train my.toml --set train.lr=1e-3 --set parallel.ep_size=2\n"
     "  arcus train my.toml --plan --ranks 16     # what it needs, without starting it\n"
     "  arcus help config                         # every key of a configuration file";
 
 int print_plan(const Arguments& arguments) {
   init_log(0, 1);
-  const LoadedConfig loaded = try_load_config(arguments.config, arguments.sets);
+  const LoadedConfig loaded =
+      try_load_run_config(arguments.config, arguments.sets, arguments.start);
   if (loaded.error) std::rethrow_exception(loaded.error);
   const Config& config = loaded.config;
   std::optional<TokenDataset> dataset;
@@ -85,7 +90,7 @@ ExitCode train(Session& session, const LoadedConfig& loaded, const Arguments& ar
     }
   });
   check_same_config(session, loaded.config);
-  TrainRun run(session, loaded.config, arguments.resume);
+  TrainRun run(session, loaded.config, arguments.start);
   return run.run();
 }
 
@@ -93,7 +98,8 @@ int run_train(const Arguments& arguments) {
   if (arguments.plan) return print_plan(arguments);
   // Before the ranks meet: a launcher that is told to stop tells ranks that are still starting.
   install_signal_handlers();
-  const LoadedConfig loaded = try_load_config(arguments.config, arguments.sets);
+  const LoadedConfig loaded =
+      try_load_run_config(arguments.config, arguments.sets, arguments.start);
   return run_session({.reproducible = loaded.config.run.reproducible},
                      [&](Session& session) { return train(session, loaded, arguments); });
 }
@@ -111,10 +117,23 @@ void add_train_command(CLI::App& app, Action& action) {
       ->take_all()
       ->type_name("KEY=VALUE");
   command
-      ->add_option("--resume", args->resume,
+      ->add_option("--resume", args->start.resume,
                    "auto (the run's latest checkpoint), none (start anew), or a checkpoint")
       ->capture_default_str()
       ->type_name("WHAT");
+  CLI::Option* init =
+      command
+          ->add_option("--init", args->start.init.path,
+                       "start from the weights of another run's, or an imported, checkpoint")
+          ->type_name("CHECKPOINT");
+  command
+      ->add_option("--fresh", args->start.init.fresh,
+                   "with --init: tensors whose name matches keep their initial values; may be "
+                   "given again")
+      ->needs(init)
+      ->expected(1)
+      ->take_all()
+      ->type_name("REGEX");
   CLI::Option* plan = command->add_flag(
       "--plan", args->plan, "print parameters, layout, memory and steps, then exit; needs no MPI");
   command->add_option("--ranks", args->ranks, "ranks to plan for")

@@ -162,16 +162,13 @@ class TrainRun::Saver final : public RunSaver {
 
 TrainRun::~TrainRun() = default;
 
-TrainRun::TrainRun(Session& session, const Config& config, const std::string& resume)
+TrainRun::TrainRun(Session& session, const Config& config, const RunStart& start)
     : session_(session),
       config_(config),
+      start_(start),
       dir_(config.run.dir),
       dataset_(open_dataset(session, config.run.data)) {
-  session_.together([&] {
-    ARCUS_REQUIRE(resume == "auto" || resume == "none" || fs::exists(resume), ExitCode::usage,
-                  "--resume {}: no such checkpoint or run folder; it takes auto, none or a path",
-                  resume);
-  });
+  session_.together([&] { check_start(); });
   session_.together([&] {
     config_.model.vocab_size = resolve_model(config_, &dataset_).vocab_size;
     resolve_ep_size(config_.parallel.ep_size, session_.comm().size(), config_.model.num_experts);
@@ -183,15 +180,40 @@ TrainRun::TrainRun(Session& session, const Config& config, const std::string& re
   const TrainerOptions options = trainer_options(config_, resolve_model(config_, &dataset_));
   // Before anything in the folder is touched.
   const CheckedPlan checked = checked_plan(session_, config_, options, stream_->num_threads());
-  open_folder(resume);
+  open_folder();
   print_plan(checked);
   build();
-  restore(resume);
+  restore();
   watch();
   saver_ = std::make_unique<Saver>(*this, checked.background_saves);
   session_.together([&] {
     if (session_.is_root()) write_config();
   });
+}
+
+void TrainRun::check_start() {
+  const std::string& resume = start_.resume;
+  ARCUS_REQUIRE(resume == "auto" || resume == "none" || fs::exists(resume), ExitCode::usage,
+                "--resume {}: no such checkpoint or run folder; it takes auto, none or a path",
+                resume);
+  if (start_.init.path.empty()) return;
+  ARCUS_REQUIRE(resume == "auto" || resume == "none", ExitCode::usage,
+                "--resume {} goes on with a run, --init {} starts one; give one of them", resume,
+                start_.init.path);
+  if (!session_.is_root()) return;
+  const fs::path source = fs::weakly_canonical(locate_checkpoint(start_.init.path));
+  ARCUS_REQUIRE(source.parent_path() != fs::weakly_canonical(dir_ / "checkpoints"), ExitCode::usage,
+                "--init {} is a checkpoint of {} itself; set run.dir to another folder",
+                start_.init.path, dir_.string());
+  // A run that goes on from its own checkpoints needs it no more.
+  if (resume == "auto" && find_latest(dir_)) return;
+  const CheckpointInfo info = open_checkpoint(source).info;
+  if (info.extra.contains(extra_key::kTokenizer)) {
+    check_tokenizer(info);
+  } else {
+    spdlog::warn("{} says nothing of its tokenizer; whether it is that of {} is for you to know",
+                 source.string(), config_.run.data);
+  }
 }
 
 /// For people: a run reads the copy in its checkpoints, so a full disk is no reason to stop. The
@@ -211,13 +233,13 @@ void TrainRun::write_config() const {
   }
 }
 
-void TrainRun::open_folder(const std::string& resume) {
+void TrainRun::open_folder() {
   session_.together([&] {
     if (!session_.is_root()) return;
     lock_ = std::make_unique<RunLock>(dir_);
     // Metrics without a checkpoint belong to a run that cannot go on.
     const bool orphaned = list_checkpoints(dir_).empty() && fs::exists(dir_ / "metrics.jsonl");
-    if (resume == "none" || orphaned) start_afresh();
+    if (start_.resume == "none" || orphaned) start_afresh();
     attach_run_log(dir_ / "run.log");
     spdlog::info("arcus {}, run folder {}", version_line(), dir_.string());
   });
@@ -286,18 +308,25 @@ void TrainRun::watch() {
 
 /// What can be said of the checkpoint before its tensors are read: a message about shapes would
 /// hide the reason. One that cannot be opened is left to the reader, which may fall back.
-void TrainRun::check_before_reading(const std::string& resume) {
+void TrainRun::check_before_reading() {
+  const std::string& resume = start_.resume;
   if (!session_.is_root() || resume == "none") return;
   const bool given = resume != "auto";
   const auto own = find_latest(dir_);
   const auto path = given ? std::optional(locate_checkpoint(resume)) : own;
   if (!path) return;
-  const auto info_of = [](const fs::path& checkpoint) -> std::optional<CheckpointInfo> {
+  const auto info_of = [](const fs::path& file) -> std::optional<CheckpointInfo> {
+    Checkpoint checkpoint;
     try {
-      return open_checkpoint(checkpoint).info;
+      checkpoint = open_checkpoint(file);
     } catch (const Error&) {
       return std::nullopt;
     }
+    ARCUS_REQUIRE(!holds_weights_alone(checkpoint), ExitCode::usage,
+                  "{0} holds weights alone, nothing that a run could go on from; start one from "
+                  "them in another folder: --init {0} --set run.dir=FOLDER",
+                  file.string());
+    return checkpoint.info;
   };
   const auto info = info_of(*path);
   if (!info) return;
@@ -308,22 +337,58 @@ void TrainRun::check_before_reading(const std::string& resume) {
                 dir_.string(), resume);
 }
 
-void TrainRun::restore(const std::string& resume) {
-  session_.together([&] { check_before_reading(resume); });
+void TrainRun::restore() {
+  session_.together([&] { check_before_reading(); });
   const auto resumed =
-      resume_checkpoint(session_.comm(), *stream_, dir_, resume, trainer_->state());
-  if (!resumed) {
-    trainer_->initialize();
-    run_id_ = broadcast_text(session_.comm(), *stream_, new_run_id());
-    return;
-  }
+      resume_checkpoint(session_.comm(), *stream_, dir_, start_.resume, trainer_->state());
+  if (!resumed) return begin();
   session_.together([&] { check_resumed(resumed->info); });
   trainer_->finish_reading();
   run_id_ = resumed->info.run_id;
+  if (const auto found = resumed->info.extra.find(extra_key::kInitFrom);
+      found != resumed->info.extra.end()) {
+    init_from_ = found->second;
+  }
   if (session_.is_root()) {
+    if (!start_.init.path.empty()) {
+      spdlog::info("--init {} is not used any more: the run has checkpoints of its own",
+                   start_.init.path);
+    }
     spdlog::info("going on from {} (step {} of {}); rank 0 read {:.1f} MB", resumed->path.string(),
                  trainer_->steps_done(), config_.train.steps,
                  static_cast<double>(resumed->bytes_read) / 1e6);
+  }
+}
+
+void TrainRun::begin() {
+  trainer_->initialize();
+  if (!start_.init.path.empty()) read_first_weights();
+  run_id_ = broadcast_text(session_.comm(), *stream_, new_run_id());
+}
+
+/// On top of the initial values; moments and counters stay as they are at a run's start.
+void TrainRun::read_first_weights() {
+  std::unique_ptr<InitSource> source;
+  InitSource::Choice choice;
+  session_.together([&] {
+    source = std::make_unique<InitSource>(start_.init);
+    choice = source->choose(trainer_->state());
+  });
+  load_checkpoint(session_.comm(), *stream_, source->checkpoint().path, choice.read, Match::subset);
+  trainer_->finish_reading();
+  init_from_ = source->origin();
+  if (!session_.is_root()) return;
+  spdlog::info("{} tensors from {}", choice.read.size(), init_from_);
+  for (const auto& [names, what] :
+       {std::pair{&choice.fresh, "kept at its initial values: {}"},
+        std::pair{&choice.left_out, "of the checkpoint, left out: {}"}}) {
+    for (const std::string& name : *names) spdlog::info(fmt::runtime(what), name);
+  }
+  if (!choice.added.empty()) spdlog::info("{} new tensors of adapters", choice.added.size());
+  if (choice.bias_left_out) {
+    spdlog::warn(
+        "the checkpoint's expert biases are left out, since routing.expert_bias_rate and "
+        "routing.quantile_rate are 0: tokens will choose other experts than they did there");
   }
 }
 
@@ -430,6 +495,10 @@ CheckpointInfo TrainRun::checkpoint_info() const {
                 {extra_key::kDataFingerprint, hex(dataset_.fingerprint())},
                 {extra_key::kGradientScaleBits, fmt::format("{}", kLeafScaleBits)},
                 {extra_key::kEpSize, fmt::format("{}", instance_->groups().ep->size())}};
+  if (const std::string& how = dataset_.manifest().pair_template; !how.empty()) {
+    info.extra[extra_key::kPairTemplate] = how;
+  }
+  if (!init_from_.empty()) info.extra[extra_key::kInitFrom] = init_from_;
   return info;
 }
 

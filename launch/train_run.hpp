@@ -8,9 +8,11 @@
 #include "checkpoints/run_lock.hpp"
 #include "comm/watchdog.hpp"
 #include "launch/digest_log.hpp"
+#include "launch/init_source.hpp"
 #include "launch/memory_check.hpp"
 #include "launch/progress.hpp"
 #include "launch/run_config.hpp"
+#include "launch/run_setup.hpp"
 #include "launch/session.hpp"
 #include "src/data/dataset.hpp"
 #include "src/train/run_loop.hpp"
@@ -21,22 +23,24 @@ namespace arcus {
 /// are collective.
 class TrainRun {
  public:
-  /// Ready to train: folder locked, plan printed, weights initialised or loaded. `resume`: "auto",
-  /// "none" or a checkpoint's path.
-  TrainRun(Session& session, const Config& config, const std::string& resume);
+  /// Ready to train: folder locked, plan printed, weights initialised or loaded.
+  TrainRun(Session& session, const Config& config, const RunStart& start);
   ~TrainRun();
   /// Trains to the last step, or until the time is up or a signal asks to stop.
   ExitCode run();
 
  private:
-  void open_folder(const std::string& resume);
+  void check_start();
+  void open_folder();
   void start_afresh();
   void print_plan(const CheckedPlan& checked) const;
   void build();
-  void restore(const std::string& resume);
+  void restore();
+  void begin();
+  void read_first_weights();
   void watch();
   void open_digests();
-  void check_before_reading(const std::string& resume);
+  void check_before_reading();
   void check_tokenizer(const CheckpointInfo& info) const;
   void check_resumed(const CheckpointInfo& info);
   void write_config() const;
@@ -50,6 +54,7 @@ class TrainRun {
 
   Session& session_;
   Config config_;  ///< vocab_size resolved
+  RunStart start_;
   std::filesystem::path dir_;
   std::unique_ptr<RunLock> lock_;  ///< rank 0
   TokenDataset dataset_;
@@ -65,6 +70,7 @@ class TrainRun {
   std::int64_t first_step_ = 0;             ///< steps done when this process began
   std::string fingerprint_;
   std::string run_id_;
+  std::string init_from_;  ///< what --init named when the run began
 };
 
 }  // namespace arcus

@@ -59,6 +59,8 @@ Config upcycled_config(const Arguments& arguments, const Config& before, const M
     apply_set(config, assignment);
   }
   config.model = upcycled_model(dense, config.routing, arguments.options);
+  config.lora = {};       // merged into the weights
+  config.groups.clear();  // they may name what is no longer there
   config.run.dir = arguments.out;
   config.parallel = ParallelConfig();
   validate(config);
@@ -107,7 +109,7 @@ ExitCode run_on_ranks(Session& session, const Arguments& arguments) {
     if (checkpoint.info.extra.contains(key)) info.extra[key] = checkpoint.info.extra.at(key);
   }
   NewRun run(session, arguments.out);
-  const UnitReader read = read_from(checkpoint);
+  const UnitReader read = read_from(checkpoint, before.lora);
   const SaveReport report = run.save(info, portable_tensors(after), [&](const TensorSpec& spec) {
     return make_tensor(*upcycling, read, spec);
   });

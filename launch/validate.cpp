@@ -10,19 +10,24 @@
 namespace arcus {
 namespace {
 
+void validate_regex(const std::string& key, const std::string& text) {
+  try {
+    const std::regex pattern(text, std::regex::ECMAScript);
+  } catch (const std::regex_error& error) {
+    ARCUS_FAIL(ExitCode::usage,
+               "{} = \"{}\" is no regular expression: {}; a plain part of the name such as "
+               "\"experts\" will do",
+               key, text, error.what());
+  }
+}
+
 void validate_groups(const std::vector<ParamGroupConfig>& groups) {
   for (std::size_t i = 0; i < groups.size(); ++i) {
-    ARCUS_REQUIRE(!groups[i].match.empty(), ExitCode::usage,
-                  "train.group.{}.match is missing; give a regular expression such as \"embed\"",
+    ARCUS_REQUIRE(!groups[i].match.empty() || groups[i].part != kAnyPart, ExitCode::usage,
+                  "train.group.{0}.match is missing; give a regular expression such as \"embed\", "
+                  "or a train.group.{0}.part such as \"experts\"",
                   i);
-    try {
-      const std::regex pattern(groups[i].match, std::regex::ECMAScript);
-    } catch (const std::regex_error& error) {
-      ARCUS_FAIL(ExitCode::usage,
-                 "train.group.{}.match = \"{}\" is no regular expression: {}; a plain part of the "
-                 "name such as \"experts\" will do",
-                 i, groups[i].match, error.what());
-    }
+    validate_regex(fmt::format("train.group.{}.match", i), groups[i].match);
   }
 }
 
@@ -135,6 +140,7 @@ void validate(const Config& config) {
                 "to a number of steps, such as 100",
                 config.run.spike_factor);
   validate_groups(config.groups);
+  validate_regex("train.lora.match", config.lora.match);
   validate_domains(config.data.domains);
   validate_sizes(config);
   check_positions(config.model, config.train.seq_len);

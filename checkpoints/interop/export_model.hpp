@@ -11,9 +11,6 @@
 
 namespace arcus {
 
-/// Gives the fp32 numbers of one unit of the model's tensors.
-using UnitReader = std::function<void(const ModelUnit& unit, std::span<float> out)>;
-
 /// A model that is to be written for other programs.
 struct ExportSource {
   PortableModel model;

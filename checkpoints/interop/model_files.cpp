@@ -291,22 +291,6 @@ void ModelFiles::read_transposed(const Place& at, std::int64_t cols, std::span<f
   }
 }
 
-void ModelFiles::read(std::span<const StateView> views) const {
-  for (const StateView& view : views) {
-    if (!spec_of_.contains(view.spec.name)) continue;
-    const std::int64_t rows = view.spec.unit_rows();
-    for (const StateSlice& slice : view.slices) {
-      ARCUS_CHECK(view.spec.dtype == DType::f32, "{} is read as {}", view.spec.name,
-                  name_of(view.spec.dtype));
-      auto* out = static_cast<float*>(slice.data);
-      const std::int64_t size = rows * view.spec.cols();
-      for (std::int64_t row = slice.rows.begin; row < slice.rows.end; row += rows, out += size) {
-        read({view.spec.name, row / rows}, {out, static_cast<std::size_t>(size)});
-      }
-    }
-  }
-}
-
 std::unique_ptr<Tokenizer> ModelFiles::tokenizer() const {
   return gguf_ != nullptr ? tokenizer_from_gguf(*gguf_) : tokenizer_from_hf(tokenizer_files_);
 }

@@ -33,8 +33,6 @@ class ModelFiles {
   const std::vector<TensorSpec>& tensors() const { return specs_; }
   /// The numbers of one unit, exactly as they stand there.
   void read(const ModelUnit& unit, std::span<float> out) const;
-  /// Fills all slices, which are whole units of fp32.
-  void read(std::span<const StateView> views) const;
 
   /// The tokenizer; null where they have none.
   std::unique_ptr<Tokenizer> tokenizer() const;

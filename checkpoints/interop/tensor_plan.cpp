@@ -391,6 +391,19 @@ std::int64_t PlannedTensor::num_elements() const {
   return std::accumulate(shape.begin(), shape.end(), std::int64_t{1}, std::multiplies<>());
 }
 
+void fill_units(const StateView& view, const UnitReader& read) {
+  const std::int64_t rows = view.spec.unit_rows();
+  const std::int64_t size = rows * view.spec.cols();
+  for (const StateSlice& slice : view.slices) {
+    ARCUS_CHECK(view.spec.dtype == DType::f32, "{} is read as {}", view.spec.name,
+                name_of(view.spec.dtype));
+    auto* out = static_cast<float*>(slice.data);
+    for (std::int64_t row = slice.rows.begin; row < slice.rows.end; row += rows, out += size) {
+      read({view.spec.name, row / rows}, {out, static_cast<std::size_t>(size)});
+    }
+  }
+}
+
 HfSpelling written_spelling(const Family& family) {
   const bool mixtral = family.spelling == Spelling::mixtral;
   return {.moe_folder = mixtral ? "block_sparse_moe." : "mlp.", .mixtral_experts = mixtral};

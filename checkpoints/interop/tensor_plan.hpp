@@ -1,6 +1,8 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -15,6 +17,11 @@ struct ModelUnit {
   std::int64_t unit = 0;
   auto operator<=>(const ModelUnit&) const = default;
 };
+
+/// Gives the fp32 numbers of one unit of the model's tensors.
+using UnitReader = std::function<void(const ModelUnit& unit, std::span<float> out)>;
+/// Fills all slices, which are whole units of fp32.
+void fill_units(const StateView& view, const UnitReader& read);
 
 /// A tensor of a file and where its numbers stand in the model: whole units, one after the other.
 struct PlannedTensor {

@@ -6,6 +6,7 @@
 #include "kernels/cpu/activation.hpp"
 #include "kernels/cpu/few_rows.hpp"
 #include "kernels/cpu/gemm_tiles.hpp"
+#include "kernels/cpu/low_rank.hpp"
 #include "kernels/cpu/parallel.hpp"
 #include "kernels/cpu/rows.hpp"
 #include "kernels/cpu/segments.hpp"
@@ -151,6 +152,26 @@ void scale_row(T* __restrict out, const T* __restrict in, Acc<T> scale, std::int
   }
 }
 
+/// What an adapter adds to rows of y, which hold x W^T.
+template <class T>
+void add_low_rank(Stream& stream, int thread, const FfnLowRankPart& part, std::int64_t expert,
+                  std::int64_t padded_row, std::int64_t rows, const T* x, std::int64_t x_stride,
+                  T* y, std::int64_t y_stride) {
+  if (part.weights.empty()) return;
+  low_rank_forward_tile<T>(stream.cpu(), thread, {part.weights, expert}, rows, x, x_stride,
+                           part.inner.row<T>(padded_row), y, y_stride);
+}
+
+/// What comes back through it, onto rows of dx, which hold dy W.
+template <class T, class D>
+void add_low_rank_backward(Stream& stream, int thread, const FfnLowRankPart& part,
+                           std::int64_t expert, std::int64_t padded_row, std::int64_t rows,
+                           const T* dy, std::int64_t dy_stride, D* dx, std::int64_t dx_stride) {
+  if (part.weights.empty()) return;
+  low_rank_backward_tile<T, D>(stream.cpu(), thread, {part.weights, expert}, rows, dy, dy_stride,
+                               part.inner.row<T>(padded_row), dx, dx_stride);
+}
+
 template <class T>
 void forward_tile(Stream& stream, int thread, const FfnForward& args, const RowTile& tile) {
   using A = Acc<T>;
@@ -159,13 +180,21 @@ void forward_tile(Stream& stream, int thread, const FfnForward& args, const RowT
   const std::int64_t row = segment.row_begin + tile.begin;
   const std::int64_t padded_row = segment.padded_begin + tile.begin;
   constexpr DType kType = dtype_of<T>();
+  T* gate_up = args.gate_up.row<T>(padded_row);
   run_gemm_rows(stream.cpu(), thread,
                 forward_key(kType, kType, shape.gate_up_size(), shape.hidden_size, args.x.stride,
                             args.gate_up.stride, shape.bias, false),
                 tile.rows, args.x.row<T>(row),
-                expert_weight<T>(args.weights.gate_up, args.weights, segment),
-                args.gate_up.row<T>(padded_row),
+                expert_weight<T>(args.weights.gate_up, args.weights, segment), gate_up,
                 expert_bias<A>(args.weights.gate_up_bias, args.weights, segment));
+  const auto add = [&](const FfnLowRankPart& part, const T* x, std::int64_t x_stride, T* y,
+                       std::int64_t y_stride) {
+    add_low_rank(stream, thread, part, segment.local_expert_idx, padded_row, tile.rows, x, x_stride,
+                 y, y_stride);
+  };
+  add(args.low_rank.gate, args.x.row<T>(row), args.x.stride, gate_up, args.gate_up.stride);
+  add(args.low_rank.up, args.x.row<T>(row), args.x.stride, gate_up + shape.up_begin(),
+      args.gate_up.stride);
   for (std::int64_t i = padded_row; i < padded_row + tile.rows; ++i) {
     activation_row(shape.activation, args.act.row<T>(i), args.gate_up.row<T>(i), shape.ff_size);
   }
@@ -175,6 +204,8 @@ void forward_tile(Stream& stream, int thread, const FfnForward& args, const RowT
                 tile.rows, args.act.row<T>(padded_row),
                 expert_weight<T>(args.weights.down, args.weights, segment), args.y.row<T>(row),
                 expert_bias<A>(args.weights.down_bias, args.weights, segment));
+  add(args.low_rank.down, args.act.row<T>(padded_row), args.act.stride, args.y.row<T>(row),
+      args.y.stride);
 }
 
 /// dy = weight * dout and dweight = <dout, y> of one row.
@@ -208,15 +239,25 @@ void backward_tile(Stream& stream, int thread, const FfnBackward& args, const Ro
                 dgrad_key(kType, dtype_of<A>(), hidden, width, args.dy.stride, width, false),
                 tile.rows, args.dy.row<T>(padded_row),
                 expert_weight<T>(args.weights.down, args.weights, segment), dact);
+  const auto add = [&](const FfnLowRankPart& part, const T* dy, std::int64_t dy_stride, auto* dx,
+                       std::int64_t dx_stride) {
+    add_low_rank_backward(stream, thread, part, segment.local_expert_idx, padded_row, tile.rows, dy,
+                          dy_stride, dx, dx_stride);
+  };
+  add(args.low_rank.down, args.dy.row<T>(padded_row), args.dy.stride, dact, width);
   for (std::int64_t i = 0; i < tile.rows; ++i) {
     activation_backward_row(args.shape.activation, args.dgate_up.row<T>(padded_row + i),
                             dact + i * width, args.gate_up.row<T>(padded_row + i), width);
   }
+  const T* dgate_up = args.dgate_up.row<T>(padded_row);
   run_gemm_rows(stream.cpu(), thread,
                 dgrad_key(kType, kType, args.shape.gate_up_size(), hidden, args.dgate_up.stride,
                           args.dx.stride, false),
-                tile.rows, args.dgate_up.row<T>(padded_row),
-                expert_weight<T>(args.weights.gate_up, args.weights, segment), args.dx.row<T>(row));
+                tile.rows, dgate_up, expert_weight<T>(args.weights.gate_up, args.weights, segment),
+                args.dx.row<T>(row));
+  add(args.low_rank.gate, dgate_up, args.dgate_up.stride, args.dx.row<T>(row), args.dx.stride);
+  add(args.low_rank.up, dgate_up + args.shape.up_begin(), args.dgate_up.stride, args.dx.row<T>(row),
+      args.dx.stride);
   if (!tile.last) return;
   zero_padding(args.dy, segment);
   zero_padding(args.dgate_up, segment);
@@ -234,20 +275,51 @@ void for_each_block(Stream& stream, std::span<const Segment> segments, std::int6
   });
 }
 
-/// sums [rows, cols] = the products of x's rows by rows [first, first + cols) of the first weight,
-/// with their biases.
-template <class T, class A = Acc<T>>
-void few_rows_gate_up(const FfnForward& args, const Segment& segment, const T* x, std::int64_t rows,
-                      std::int64_t first, std::int64_t cols, FewRowsSums<A>& sums) {
-  const std::int64_t hidden = args.shape.hidden_size;
-  const T* weight = expert_weight<T>(args.weights.gate_up, args.weights, segment);
-  few_rows_product<T>(sums.data(), kFewRowsCols, x, args.x.stride, rows, weight + first * hidden,
-                      hidden, cols, hidden);
-  const A* bias = expert_bias<A>(args.weights.gate_up_bias, args.weights, segment);
+/// The inner rows of a projection's adapter, for all segments; x by padded rows or not.
+template <class T>
+void few_rows_inner(Stream& stream, const FfnForward& args, const FfnLowRankPart& part,
+                    ConstTensorView x, bool x_is_padded) {
+  if (part.weights.empty()) return;
+  parallel_tasks(stream, std::ssize(args.segments), [&](std::int64_t task, int) {
+    const Segment& segment = args.segments[static_cast<std::size_t>(task)];
+    low_rank_few_rows_inner<T>({part.weights, segment.local_expert_idx}, segment.rows,
+                               x.row<T>(x_is_padded ? segment.padded_begin : segment.row_begin),
+                               x.stride, part.inner.row<T>(segment.padded_begin));
+  });
+}
+
+/// y, [rows, cols], gains an adapter's part of `rows` rows of a segment from `row` on.
+template <class T>
+void few_rows_add(const FfnLowRankPart& part, const Segment& segment, std::int64_t row,
+                  std::int64_t rows, std::int64_t begin, std::int64_t cols, Acc<T>* y) {
+  if (part.weights.empty()) return;
+  low_rank_few_rows_add<T>({part.weights, segment.local_expert_idx}, rows,
+                           part.inner.row<T>(segment.padded_begin + row), begin, cols, y,
+                           kFewRowsCols);
+}
+
+/// sums [rows, cols] += bias [cols], where there is one.
+template <class A>
+void few_rows_bias(FewRowsSums<A>& sums, std::int64_t rows, std::int64_t cols, const A* bias) {
   for (std::int64_t r = 0; bias != nullptr && r < rows; ++r) {
     A* row = sums.data() + r * kFewRowsCols;
-    for (std::int64_t c = 0; c < cols; ++c) row[c] += bias[first + c];
+    for (std::int64_t c = 0; c < cols; ++c) row[c] += bias[c];
   }
+}
+
+/// sums [rows, cols] = the products of rows of a segment from `row` on by rows [begin, begin +
+/// cols) of a projection that starts at row `first` of the first weight, with bias and adapter.
+template <class T, class A = Acc<T>>
+void few_rows_gate_up(const FfnForward& args, const Segment& segment, const FfnLowRankPart& adapter,
+                      std::int64_t first, std::int64_t row, std::int64_t rows, std::int64_t begin,
+                      std::int64_t cols, FewRowsSums<A>& sums) {
+  const std::int64_t hidden = args.shape.hidden_size;
+  const T* weight = expert_weight<T>(args.weights.gate_up, args.weights, segment);
+  const A* bias = expert_bias<A>(args.weights.gate_up_bias, args.weights, segment);
+  few_rows_product<T>(sums.data(), kFewRowsCols, args.x.row<T>(segment.row_begin + row),
+                      args.x.stride, rows, weight + (first + begin) * hidden, hidden, cols, hidden);
+  few_rows_bias(sums, rows, cols, bias == nullptr ? nullptr : bias + first + begin);
+  few_rows_add<T>(adapter, segment, row, rows, begin, cols, sums.data());
 }
 
 template <class F, class T, class A = Acc<T>>
@@ -264,10 +336,11 @@ void few_rows_act(const FfnForward& args, const Segment& segment, std::int64_t b
   FewRowsSums<A> up;
   for (std::int64_t row = 0; row < segment.rows; row += kFewRowsGroup) {
     const std::int64_t rows = std::min(kFewRowsGroup, segment.rows - row);
-    const T* x = args.x.row<T>(segment.row_begin + row);
-    const bool gated = args.shape.gated();
-    if (gated) few_rows_gate_up<T>(args, segment, x, rows, begin, cols, gate);
-    few_rows_gate_up<T>(args, segment, x, rows, (gated ? args.shape.ff_size : 0) + begin, cols, up);
+    if (args.shape.gated()) {
+      few_rows_gate_up<T>(args, segment, args.low_rank.gate, 0, row, rows, begin, cols, gate);
+    }
+    few_rows_gate_up<T>(args, segment, args.low_rank.up, args.shape.up_begin(), row, rows, begin,
+                        cols, up);
     for (std::int64_t r = 0; r < rows; ++r) {
       T* act = args.act.row<T>(segment.padded_begin + row + r) + begin;
       const A* g = gate.data() + r * kFewRowsCols;
@@ -294,21 +367,30 @@ void few_rows_down(const FfnForward& args, const Segment& segment, std::int64_t 
   const std::int64_t width = args.shape.ff_size;
   const T* down = expert_weight<T>(args.weights.down, args.weights, segment) + begin * width;
   const A* bias = expert_bias<A>(args.weights.down_bias, args.weights, segment);
-  for_few_rows(args.act.row<T>(segment.padded_begin), args.act.stride, segment.rows, down, cols,
-               width, [&](std::int64_t row, const A* sums) {
-                 T* y = args.y.row<T>(segment.row_begin + row) + begin;
-                 for (std::int64_t c = 0; c < cols; ++c) {
-                   store(y[c], bias == nullptr ? sums[c] : sums[c] + bias[begin + c]);
-                 }
-               });
+  FewRowsSums<A> sums;
+  for (std::int64_t row = 0; row < segment.rows; row += kFewRowsGroup) {
+    const std::int64_t rows = std::min(kFewRowsGroup, segment.rows - row);
+    few_rows_product<T>(sums.data(), kFewRowsCols, args.act.row<T>(segment.padded_begin + row),
+                        args.act.stride, rows, down, width, cols, width);
+    few_rows_bias(sums, rows, cols, bias == nullptr ? nullptr : bias + begin);
+    few_rows_add<T>(args.low_rank.down, segment, row, rows, begin, cols, sums.data());
+    for (std::int64_t r = 0; r < rows; ++r) {
+      T* y = args.y.row<T>(segment.row_begin + row + r) + begin;
+      for (std::int64_t c = 0; c < cols; ++c)
+        store(y[c], sums[static_cast<std::size_t>(r * kFewRowsCols + c)]);
+    }
+  }
 }
 
 template <class T>
 void forward_few_rows(Stream& stream, const FfnForward& args) {
+  few_rows_inner<T>(stream, args, args.low_rank.gate, args.x, false);
+  few_rows_inner<T>(stream, args, args.low_rank.up, args.x, false);
   for_each_block(stream, args.segments, args.shape.ff_size,
                  [&](const Segment& segment, std::int64_t begin, std::int64_t cols) {
                    few_rows_act<T>(args, segment, begin, cols);
                  });
+  few_rows_inner<T>(stream, args, args.low_rank.down, args.act, true);
   for_each_block(stream, args.segments, args.shape.hidden_size,
                  [&](const Segment& segment, std::int64_t begin, std::int64_t cols) {
                    few_rows_down<T>(args, segment, begin, cols);

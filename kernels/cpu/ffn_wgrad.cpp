@@ -29,7 +29,7 @@ std::int64_t in_of(Projection projection, const FfnShape& shape) {
 
 /// First column of the gradients of gate or up in dgate_up.
 std::int64_t column_of(Projection projection, const FfnShape& shape) {
-  return projection == Projection::up && shape.gated() ? shape.ff_size : 0;
+  return projection == Projection::up ? shape.up_begin() : 0;
 }
 
 /// Calls fn(first, end) for every run of segments of one expert.

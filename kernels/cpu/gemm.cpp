@@ -26,12 +26,16 @@ namespace {
 
 constexpr std::int64_t kTallestTile = 256;
 
-/// Row tiles of a linear layer. Micro-batches of up to 512 rows are cut finer, so that a few
-/// threads find work; a rule of the problem's own shape.
+}  // namespace
+
+/// Micro-batches of up to 512 rows are cut finer, so that a few threads find work; a rule of the
+/// problem's own shape.
 std::int64_t linear_tile_rows(const GemmKey& key, std::int64_t rows) {
   const std::int64_t height = row_tile_height(key.ab_dtype, key.n, key.k);
   return rows <= 2 * kTallestTile ? std::min(height, kTallestTile / 2) : height;
 }
+
+namespace {
 
 std::int64_t bytes_of(DType dtype, std::int64_t elements) {
   return elements * static_cast<std::int64_t>(size_of(dtype));

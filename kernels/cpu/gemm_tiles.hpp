@@ -15,6 +15,9 @@ GemmKey forward_key(DType compute, DType result, std::int64_t out, std::int64_t 
 GemmKey dgrad_key(DType compute, DType result, std::int64_t out, std::int64_t in,
                   std::int64_t dy_stride, std::int64_t dx_stride, bool accumulate);
 
+/// Row tiles of a linear layer with `rows` rows.
+std::int64_t linear_tile_rows(const GemmKey& key, std::int64_t rows);
+
 /// One tile of a weight gradient: dweight[begin, begin + tile_rows) gains (or becomes) the leaf of
 /// `rows` rows of dy and x.
 struct WgradTile {

@@ -84,7 +84,7 @@ template <class A>
 struct NormalAt {
   A probability, density;
 };
-/// The smaller of P and 1 - P within about 4 ulp.
+/// Both within 8 ulp, the tail too.
 inline NormalAt<float> normal_at(float x) {
   // Beyond, both the tail and the density are zero; a NaN comes back through `x` of the callers.
   const float t = std::abs(x) < 15.0F ? std::abs(x) : 15.0F;

@@ -42,16 +42,27 @@ struct TokenFile::Impl {
   MappedFile file;
   const char* tokens = nullptr;
   const char* document_offsets = nullptr;  ///< i64 [num_documents + 1]
+  const char* target_spans = nullptr;      ///< i64 [num_spans, kSpanColumns], where masked
+  std::int64_t num_spans = 0;
 
   static std::unique_ptr<Impl> open(const std::filesystem::path& dir, const FileRecord& record,
                                     const Manifest& manifest);
   void check_size_and_metadata() const;
   void locate(const h5::File& h5);
   void check_documents() const;
+  void locate_spans(const h5::File& h5);
+  void check_spans() const;
   void check_tokens() const;
   std::int64_t offset_of(std::int64_t document) const {
     return load<std::int64_t>(document_offsets, document);
   }
+  std::int64_t span(std::int64_t i, std::int64_t column) const {
+    return load<std::int64_t>(target_spans, i * kSpanColumns + column);
+  }
+  /// The first span that ends behind token `index`.
+  std::int64_t span_after(std::int64_t index) const;
+  /// Learned tokens before token `index`.
+  std::int64_t targets_before(std::int64_t index) const;
 };
 
 std::unique_ptr<TokenFile::Impl> TokenFile::Impl::open(const std::filesystem::path& dir,
@@ -72,6 +83,7 @@ std::unique_ptr<TokenFile::Impl> TokenFile::Impl::open(const std::filesystem::pa
     impl->locate(h5);
   }
   impl->check_documents();
+  impl->check_spans();
   return impl;
 }
 
@@ -107,6 +119,55 @@ void TokenFile::Impl::locate(const h5::File& h5) {
   };
   tokens = place("tokens", record.dtype, record.num_tokens);
   document_offsets = place("document_offsets", DType::i64, record.num_documents + 1);
+  if (record.num_targets) locate_spans(h5);
+}
+
+void TokenFile::Impl::locate_spans(const h5::File& h5) {
+  const h5::Dataset spans = h5.dataset("target_spans");
+  const h5::Shape shape = spans.shape();
+  const bool table = spans.dtype() == DType::i64 && shape.size() == 2 && shape[1] == kSpanColumns;
+  const std::int64_t bytes = table ? shape[0] * kSpanColumns * 8 : 0;
+  const std::int64_t offset = bytes == 0 ? 0 : spans.offset();
+  ARCUS_REQUIRE(table && offset >= 0 && bytes <= record.file_bytes - offset, ExitCode::data,
+                "{}: tensor target_spans should be contiguous rows of {} i64 inside the file",
+                path.string(), kSpanColumns);
+  num_spans = shape[0];
+  target_spans = file.bytes().data() + offset;
+}
+
+void TokenFile::Impl::check_spans() const {
+  std::int64_t end = 0, targets = 0;
+  bool good = true;
+  for (std::int64_t i = 0; i < num_spans && good; ++i) {
+    good = span(i, 0) >= end && span(i, 1) > span(i, 0) && span(i, 2) == targets;
+    targets += span(i, 1) - span(i, 0);
+    end = span(i, 1);
+  }
+  ARCUS_REQUIRE(
+      good && end <= record.num_tokens && (!record.num_targets || targets == *record.num_targets),
+      ExitCode::data,
+      "{}: tensor target_spans does not ascend inside the {} tokens, or does not hold "
+      "the {} that dataset.json records",
+      path.string(), record.num_tokens, record.num_targets.value_or(0));
+}
+
+std::int64_t TokenFile::Impl::span_after(std::int64_t index) const {
+  std::int64_t low = 0, high = num_spans;  // spans below low end at or before index
+  while (low < high) {
+    const std::int64_t middle = low + (high - low) / 2;
+    if (span(middle, 1) <= index) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+std::int64_t TokenFile::Impl::targets_before(std::int64_t index) const {
+  const std::int64_t i = span_after(index);
+  if (i == num_spans) return *record.num_targets;
+  return span(i, 2) + std::max<std::int64_t>(0, index - span(i, 0));
 }
 
 void TokenFile::Impl::check_documents() const {
@@ -156,6 +217,27 @@ void TokenFile::read(std::int64_t begin, std::span<std::int32_t> out) const {
                 impl_->path.string(), largest, begin, begin + count, impl_->vocab_size);
 }
 
+bool TokenFile::is_masked() const { return impl_->record.num_targets.has_value(); }
+
+std::int64_t TokenFile::num_targets(std::int64_t begin, std::int64_t end) const {
+  if (!is_masked()) return end - begin;
+  return impl_->targets_before(end) - impl_->targets_before(begin);
+}
+
+void TokenFile::mask(std::int64_t begin, std::span<std::int32_t> tokens) const {
+  if (!is_masked()) return;
+  const std::int64_t end = begin + std::ssize(tokens);
+  std::int64_t at = begin;
+  const auto clear_to = [&](std::int64_t limit) {
+    for (; at < std::min(limit, end); ++at) tokens[static_cast<std::size_t>(at - begin)] = -1;
+  };
+  for (std::int64_t i = impl_->span_after(begin); i < impl_->num_spans && at < end; ++i) {
+    clear_to(impl_->span(i, 0));
+    at = std::max(at, impl_->span(i, 1));
+  }
+  clear_to(end);
+}
+
 std::int64_t TokenFile::document_begin(std::int64_t index) const {
   ARCUS_CHECK(index >= 0 && index < num_tokens(), "token {} outside {} of {} tokens", index,
               impl_->path.string(), num_tokens());
@@ -201,6 +283,10 @@ std::uint64_t fingerprint_of(const Manifest& manifest) {
   for (const DomainRecord& domain : manifest.domains) {
     text += fmt::format("\n{} {} {}", domain.name, hex(domain.train.tokens_hash),
                         hex(domain.valid.tokens_hash));
+    // Which tokens are learned stands among the metadata.
+    for (const FileRecord* file : {&domain.train, &domain.valid}) {
+      if (file->num_targets) text += fmt::format(" {}", hex(file->metadata_hash));
+    }
   }
   return hash_text(text);
 }

@@ -24,6 +24,12 @@ class TokenFile {
   std::int64_t num_documents() const;
   /// UTF-8 bytes of the text the tokens stand for (EOS counts none).
   std::int64_t num_bytes() const;
+  /// Whether it says which tokens are learned: those of answers, not those of prompts.
+  bool is_masked() const;
+  /// Tokens that may be learned in [begin, end).
+  std::int64_t num_targets(std::int64_t begin, std::int64_t end) const;
+  /// Puts -1 in place of those of `tokens`, from token `begin` on, that must not be learned.
+  void mask(std::int64_t begin, std::span<std::int32_t> tokens) const;
   /// Copies tokens [begin, begin + out.size()). Throws (data) for an id outside the vocabulary.
   void read(std::int64_t begin, std::span<std::int32_t> out) const;
   /// First token of the document that token `index` belongs to.

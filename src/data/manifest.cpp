@@ -26,15 +26,17 @@ std::uint64_t hash_from_hex(const std::string& text) {
 }
 
 json to_json(const FileRecord& record) {
-  return {{"file", record.file},
-          {"file_bytes", record.file_bytes},
-          {"dtype", std::string(name_of(record.dtype))},
-          {"tokens", record.num_tokens},
-          {"documents", record.num_documents},
-          {"text_bytes", record.num_bytes},
-          {"tokens_offset", record.tokens_offset},
-          {"tokens_xxh3", hex(record.tokens_hash)},
-          {"metadata_xxh3", hex(record.metadata_hash)}};
+  json node = {{"file", record.file},
+               {"file_bytes", record.file_bytes},
+               {"dtype", std::string(name_of(record.dtype))},
+               {"tokens", record.num_tokens},
+               {"documents", record.num_documents},
+               {"text_bytes", record.num_bytes},
+               {"tokens_offset", record.tokens_offset},
+               {"tokens_xxh3", hex(record.tokens_hash)},
+               {"metadata_xxh3", hex(record.metadata_hash)}};
+  if (record.num_targets) node["targets"] = *record.num_targets;
+  return node;
 }
 
 FileRecord file_record(const json& node) {
@@ -43,6 +45,7 @@ FileRecord file_record(const json& node) {
   record.file_bytes = node.at("file_bytes").get<std::int64_t>();
   record.dtype = dtype_from_name(node.at("dtype").get<std::string>());
   record.num_tokens = node.at("tokens").get<std::int64_t>();
+  if (node.contains("targets")) record.num_targets = node["targets"].get<std::int64_t>();
   record.num_documents = node.at("documents").get<std::int64_t>();
   record.num_bytes = node.at("text_bytes").get<std::int64_t>();
   record.tokens_offset = node.at("tokens_offset").get<std::int64_t>();
@@ -50,7 +53,9 @@ FileRecord file_record(const json& node) {
   record.metadata_hash = hash_from_hex(node.at("metadata_xxh3").get<std::string>());
   const bool plausible = record.file == std::filesystem::path(record.file).filename() &&
                          record.num_tokens >= 0 && record.num_documents >= 0 &&
-                         record.tokens_offset >= 0 && record.tokens_end() <= record.file_bytes;
+                         record.tokens_offset >= 0 && record.tokens_end() <= record.file_bytes &&
+                         record.num_targets.value_or(0) >= 0 &&
+                         record.num_targets.value_or(0) <= record.num_tokens;
   ARCUS_REQUIRE(plausible, ExitCode::data, "the entry of \"{}\" contradicts itself", record.file);
   return record;
 }
@@ -62,16 +67,21 @@ json to_json(const Manifest& manifest) {
                        {"train", to_json(domain.train)},
                        {"valid", to_json(domain.valid)}});
   }
-  return {{"format", kFormat},
-          {"version", Manifest::kVersion},
-          {"tokenizer",
-           {{"kind", manifest.tokenizer_kind},
-            {"file", manifest.tokenizer_file},
-            {"xxh3", hex(manifest.tokenizer_hash)},
-            {"vocab_size", manifest.vocab_size},
-            {"eos_id", manifest.eos_id}}},
-          {"made_by", manifest.made_by},
-          {"domains", std::move(domains)}};
+  const bool masked =
+      std::any_of(manifest.domains.begin(), manifest.domains.end(),
+                  [](const DomainRecord& d) { return d.train.num_targets || d.valid.num_targets; });
+  json root = {{"format", kFormat},
+               {"version", masked ? Manifest::kVersionWithTargets : Manifest::kVersion},
+               {"tokenizer",
+                {{"kind", manifest.tokenizer_kind},
+                 {"file", manifest.tokenizer_file},
+                 {"xxh3", hex(manifest.tokenizer_hash)},
+                 {"vocab_size", manifest.vocab_size},
+                 {"eos_id", manifest.eos_id}}},
+               {"made_by", manifest.made_by},
+               {"domains", std::move(domains)}};
+  if (!manifest.pair_template.empty()) root["pair_template"] = manifest.pair_template;
+  return root;
 }
 
 void read_content(const json& root, Manifest& manifest) {
@@ -82,6 +92,7 @@ void read_content(const json& root, Manifest& manifest) {
   manifest.vocab_size = tokenizer.at("vocab_size").get<std::int64_t>();
   manifest.eos_id = tokenizer.at("eos_id").get<std::int32_t>();
   manifest.made_by = root.at("made_by").get<std::string>();
+  manifest.pair_template = root.value("pair_template", "");
   for (const json& node : root.at("domains")) {
     manifest.domains.push_back({node.at("name").get<std::string>(), file_record(node.at("train")),
                                 file_record(node.at("valid"))});
@@ -117,9 +128,10 @@ Manifest Manifest::load(const std::filesystem::path& dir) {
     ARCUS_REQUIRE(root.at("format") == kFormat, ExitCode::data, "its format is not \"{}\"",
                   kFormat);
     const auto version = root.at("version").get<std::int64_t>();
-    ARCUS_REQUIRE(version == kVersion, ExitCode::data,
-                  "it has format version {}, this program reads version {}; prepare it again",
-                  version, kVersion);
+    ARCUS_REQUIRE(version == kVersion || version == kVersionWithTargets, ExitCode::data,
+                  "it has format version {}, this program reads version {}, or {} of pairs; "
+                  "prepare it again",
+                  version, kVersion, kVersionWithTargets);
     const auto recorded = root.at("xxh3").get<std::string>();
     root.erase("xxh3");
     ARCUS_REQUIRE(recorded == hex(hash_text(root.dump())), ExitCode::data,

@@ -3,6 +3,7 @@
 #include <array>
 #include <cstdint>
 #include <filesystem>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -20,6 +21,7 @@ struct FileRecord {
   std::int64_t file_bytes = 0;  ///< size of the file
   DType dtype = DType::u16;     ///< of the tokens
   std::int64_t num_tokens = 0;
+  std::optional<std::int64_t> num_targets;  ///< tokens that may be learned; nothing: all of them
   std::int64_t num_documents = 0;
   std::int64_t num_bytes = 0;       ///< text that the tokens stand for
   std::int64_t tokens_offset = 0;   ///< where the tokens begin in the file
@@ -39,12 +41,15 @@ struct DomainRecord {
 /// A data set's table of contents, the file dataset.json.
 struct Manifest {
   static constexpr std::int64_t kVersion = 1;
+  /// Where some tokens must not be learned, which programs that know version 1 would not see.
+  static constexpr std::int64_t kVersionWithTargets = 2;
   std::string tokenizer_kind;
   std::string tokenizer_file;  ///< "" when the kind needs none
   std::uint64_t tokenizer_hash = 0;
   std::int64_t vocab_size = 0;
   std::int32_t eos_id = 0;
-  std::string made_by;  ///< how `prepare` was asked to make it: for people
+  std::string made_by;        ///< how `prepare` was asked to make it: for people
+  std::string pair_template;  ///< of its pairs; "" where there are none
   std::vector<DomainRecord> domains;
 
   /// Writes `dir`/dataset.json, which carries a hash of its own content.
@@ -52,6 +57,9 @@ struct Manifest {
   /// Throws (data) naming the file when it is missing, damaged or of another version.
   static Manifest load(const std::filesystem::path& dir);
 };
+
+/// Columns of `target_spans`: first token, end, learned tokens before.
+inline constexpr std::int64_t kSpanColumns = 3;
 
 /// xxh3 of all bytes of `path` but [begin, end).
 std::uint64_t hash_file_without(const std::filesystem::path& path, std::int64_t begin,

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <deque>
 #include <exception>
 #include <fstream>
 #include <memory>
@@ -56,7 +57,8 @@ void validate(const PrepareOptions& options) {
   ARCUS_REQUIRE(options.spm_sample_bytes > 0, ExitCode::usage,
                 "the vocabulary cannot be trained on {} bytes", options.spm_sample_bytes);
   ARCUS_REQUIRE(!options.domains.empty(), ExitCode::usage,
-                "give at least one domain: --domain NAME=PATH");
+                "give at least one domain: --domain NAME=PATH or --pairs NAME=FILE.jsonl");
+  PairTemplate{options.pair_template};
   for (std::size_t i = 0; i < options.domains.size(); ++i) {
     const DomainSource& domain = options.domains[i];
     ARCUS_REQUIRE(is_domain_name(domain.name), ExitCode::usage,
@@ -68,6 +70,11 @@ void validate(const PrepareOptions& options) {
                   domain.name, domain.rule.split_bytes, kMinSplitBytes);
     ARCUS_REQUIRE(domain.rule.separator.find('\n') == std::string::npos, ExitCode::usage,
                   "domain \"{}\": a separator is one line, without a line end", domain.name);
+    ARCUS_REQUIRE(!domain.pairs || (domain.rule.separator.empty() && domain.rule.split_bytes == 0),
+                  ExitCode::usage,
+                  "domain \"{}\": every line of a file of pairs is a document; neither a "
+                  "separator nor split-bytes applies",
+                  domain.name);
     for (std::size_t j = 0; j < i; ++j) {
       ARCUS_REQUIRE(options.domains[j].name != domain.name, ExitCode::usage,
                     "domain \"{}\" is given twice", domain.name);
@@ -120,11 +127,32 @@ std::shared_ptr<const Tokenizer> make_tokenizer(const PrepareOptions& options,
 /// is worth the threads; parts are encoded in any order and written in theirs.
 class DomainWriter {
  public:
-  DomainWriter(const std::filesystem::path& dir, const std::string& domain,
+  DomainWriter(const std::filesystem::path& dir, const DomainSource& domain,
                const Tokenizer& tokenizer)
       : tokenizer_(tokenizer),
         train_(dir, info(domain, Split::train, tokenizer)),
         valid_(dir, info(domain, Split::valid, tokenizer)) {}
+
+  /// A line of a file of pairs.
+  void add_pair(const MappedFile& file, const std::string& name, const ScannedDocument& document,
+                const PairTemplate& how, ProgressMeter& progress) {
+    ARCUS_REQUIRE(document.end <= file.size(), ExitCode::data, kChanged, name);
+    const std::string_view line =
+        file.bytes().substr(document.begin, static_cast<std::size_t>(document.bytes()));
+    ARCUS_REQUIRE(hash_text(line) == document.hash, ExitCode::data, kChanged, name);
+    std::vector<TextPart> parts = read_pair(line, how);
+    std::int64_t bytes = 0;
+    for (const TextPart& part : parts) bytes += static_cast<std::int64_t>(part.text.size());
+    for (std::size_t i = 0; i < parts.size(); ++i) {
+      const std::string& text = rendered_.emplace_back(std::move(parts[i].text));
+      parts_.push_back({nullptr, text, document.fate == Fate::valid ? &valid_ : &train_,
+                        i + 1 == parts.size() ? bytes : -1, parts[i].learned});
+      batch_bytes_ += text.size();
+    }
+    progress.add(document.bytes());
+    if (batch_bytes_ >= kBatchBytes || parts_.size() >= kBatchParts) write_batch();
+    file.release_before(document.begin);
+  }
 
   void add(const std::shared_ptr<const MappedFile>& file, const std::string& name,
            const ScannedDocument& document, ProgressMeter& progress) {
@@ -159,14 +187,16 @@ class DomainWriter {
     bool first;  ///< of its document
     TokenWriter* writer;
     std::int64_t document_bytes;  ///< of the document that ends with this part; else -1
+    bool learned = true;
   };
   static constexpr std::size_t kPartBytes = std::size_t{1} << 18;
   static constexpr std::size_t kBatchBytes = std::size_t{1} << 22;
   static constexpr std::size_t kBatchParts = 4096;
   static constexpr const char* kChanged = "{} changed while it was being read; prepare again";
 
-  static TokenFileInfo info(const std::string& domain, Split split, const Tokenizer& tokenizer) {
-    return {domain, split, tokenizer.hash(), tokenizer.vocab_size(), tokenizer.eos_id()};
+  static TokenFileInfo info(const DomainSource& domain, Split split, const Tokenizer& tokenizer) {
+    return {domain.name,        split,       tokenizer.hash(), tokenizer.vocab_size(),
+            tokenizer.eos_id(), domain.pairs};
   }
 
   void write_batch() {
@@ -184,22 +214,25 @@ class DomainWriter {
     }
     if (failure) std::rethrow_exception(failure);
     for (std::size_t i = 0; i < parts_.size(); ++i) {
-      parts_[i].writer->append(ids[i]);
+      parts_[i].writer->append(ids[i], parts_[i].learned);
       if (parts_[i].document_bytes >= 0) parts_[i].writer->end_document(parts_[i].document_bytes);
     }
     parts_.clear();
+    rendered_.clear();
     batch_bytes_ = 0;
   }
 
   const Tokenizer& tokenizer_;
   TokenWriter train_, valid_;
   std::vector<Part> parts_;
+  std::deque<std::string> rendered_;  ///< what parts of pairs refer to
   std::size_t batch_bytes_ = 0;
 };
 
 DomainRecord write_domain(const std::filesystem::path& dir, const ScannedDomain& domain,
-                          const Tokenizer& tokenizer, ProgressMeter& progress) {
-  DomainWriter writer(dir, domain.source->name, tokenizer);
+                          const Tokenizer& tokenizer, const PairTemplate& how,
+                          ProgressMeter& progress) {
+  DomainWriter writer(dir, *domain.source, tokenizer);
   std::shared_ptr<const MappedFile> file;
   std::int64_t mapped_idx = -1;
   for (const ScannedDocument& document : domain.documents) {
@@ -210,13 +243,18 @@ DomainRecord write_domain(const std::filesystem::path& dir, const ScannedDomain&
       file->expect_sequential();
       mapped_idx = document.file_idx;
     }
-    writer.add(file, path.string(), document, progress);
+    if (domain.source->pairs) {
+      writer.add_pair(*file, path.string(), document, how, progress);
+    } else {
+      writer.add(file, path.string(), document, progress);
+    }
   }
   return writer.finish(domain.source->name);
 }
 
 SplitReport split_report(const FileRecord& record) {
-  return {record.num_documents, record.num_bytes, record.num_tokens};
+  return {record.num_documents, record.num_bytes, record.num_tokens,
+          record.num_targets.value_or(record.num_tokens)};
 }
 
 std::string describe(const PrepareOptions& options, const PrepareReport& report) {
@@ -227,6 +265,7 @@ std::string describe(const PrepareOptions& options, const PrepareReport& report)
     text += fmt::format("; {}: {} files", options.domains[i].name, report.domains[i].files);
     if (!rule.separator.empty()) text += fmt::format(", separator \"{}\"", rule.separator);
     if (rule.split_bytes > 0) text += fmt::format(", split_bytes {}", rule.split_bytes);
+    if (options.domains[i].pairs) text += ", pairs";
   }
   return text;
 }
@@ -275,6 +314,25 @@ void add_domain_argument(const std::string& argument, std::vector<DomainSource>&
   found->paths.push_back(argument.substr(equals + 1));
 }
 
+void add_pairs_argument(const std::string& argument, std::vector<DomainSource>& domains) {
+  const std::size_t equals = argument.find('=');
+  const bool named = equals != std::string::npos && is_domain_name(argument.substr(0, equals));
+  const std::string path = named ? argument.substr(equals + 1) : argument;
+  const bool goes_on = !named && !domains.empty() && domains.back().pairs;
+  const std::string name = named     ? argument.substr(0, equals)
+                           : goes_on ? domains.back().name
+                                     : "pairs";
+  auto found = std::find_if(domains.begin(), domains.end(),
+                            [&](const DomainSource& domain) { return domain.name == name; });
+  ARCUS_REQUIRE(found == domains.end() || found->pairs, ExitCode::usage,
+                "--pairs {}: domain \"{}\" has text already; give the pairs another name", argument,
+                name);
+  if (found == domains.end()) {
+    found = domains.insert(domains.end(), DomainSource{.name = name, .pairs = true});
+  }
+  found->paths.push_back(path);
+}
+
 namespace {
 
 PrepareReport prepare_checked(const PrepareOptions& options, const PrepareCallback& callback) {
@@ -284,10 +342,13 @@ PrepareReport prepare_checked(const PrepareOptions& options, const PrepareCallba
   const auto tokenizer = make_tokenizer(options, domains, callback);
   report.vocab_size = tokenizer->vocab_size();
   Manifest manifest = describe_tokenizer(output.partial(), *tokenizer);
+  const PairTemplate how(options.pair_template);
   ProgressMeter progress(callback, "writing", bytes_to_write(domains));
   for (std::size_t i = 0; i < domains.size(); ++i) {
     progress.start_domain(domains[i].source->name);
-    manifest.domains.push_back(write_domain(output.partial(), domains[i], *tokenizer, progress));
+    manifest.domains.push_back(
+        write_domain(output.partial(), domains[i], *tokenizer, how, progress));
+    if (domains[i].source->pairs) manifest.pair_template = options.pair_template;
     report.domains[i].train = split_report(manifest.domains.back().train);
     report.domains[i].valid = split_report(manifest.domains.back().valid);
   }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "src/data/documents.hpp"
+#include "src/data/pairs.hpp"
 #include "src/data/tokenizer.hpp"
 
 namespace arcus {
@@ -17,6 +18,7 @@ struct DomainSource {
   std::string name;                ///< letters, digits, '_', '-', '.': files are named after it
   std::vector<std::string> paths;  ///< as expand_paths takes them
   DocumentRule rule;
+  bool pairs = false;  ///< files of a JSON object a line (read_pair), each a document
 };
 
 struct PrepareOptions {
@@ -24,6 +26,7 @@ struct PrepareOptions {
   std::string tokenizer = "bytes";         ///< "bytes" or "spm:VOCAB"; what `given` is, for people
   std::shared_ptr<const Tokenizer> given;  ///< one that is there already
   std::vector<DomainSource> domains;
+  std::string pair_template = PairTemplate::kPlain;
   double valid_fraction = 0.05;        ///< share of each domain's bytes that is held out
   std::uint64_t seed = 1;              ///< of the choice of held-out documents
   bool force = false;                  ///< replace an existing data set
@@ -34,6 +37,8 @@ struct PrepareOptions {
 
 /// Adds "NAME=PATH" to the sources, or "PATH" to the one added last.
 void add_domain_argument(const std::string& argument, std::vector<DomainSource>& domains);
+/// The same of files of pairs; "PATH" alone, where none was added last, to the domain "pairs".
+void add_pairs_argument(const std::string& argument, std::vector<DomainSource>& domains);
 
 struct PrepareProgress {
   std::string stage;   ///< "reading", "training the tokenizer", "writing"
@@ -46,7 +51,8 @@ using PrepareCallback = std::function<void(const PrepareProgress&)>;
 struct SplitReport {
   std::int64_t documents = 0;
   std::int64_t bytes = 0;
-  std::int64_t tokens = 0;  ///< EOS included
+  std::int64_t tokens = 0;   ///< EOS included
+  std::int64_t targets = 0;  ///< of them, those that may be learned
 };
 
 struct DomainReport {

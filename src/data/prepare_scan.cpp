@@ -70,6 +70,33 @@ void scan_file(const DocumentRule& rule, std::uint32_t file_idx, ScannedDomain& 
                 name);
 }
 
+/// Every line that is not blank is a document.
+void scan_pairs(const PairTemplate& how, std::uint32_t file_idx, ScannedDomain& domain,
+                ProgressMeter& progress) {
+  const std::string name = domain.files[file_idx].string();
+  const MappedFile file(domain.files[file_idx]);
+  file.expect_sequential();
+  const std::string_view text = file.bytes();
+  const std::size_t before = domain.documents.size();
+  std::int64_t number = 0;
+  for (std::size_t begin = 0, end = 0; begin < text.size(); begin = end + 1) {
+    end = std::min(text.find('\n', begin), text.size());
+    ++number;
+    const std::string_view line = text.substr(begin, end - begin);
+    progress.add(std::ssize(line) + 1);
+    if (line.find_first_not_of(" \t\r") == std::string_view::npos) continue;
+    try {
+      read_pair(line, how);
+    } catch (const Error& error) {
+      ARCUS_FAIL(ExitCode::data, "{}:{} is no pair: {}", name, number, error.what());
+    }
+    domain.documents.push_back({file_idx, Fate::train, begin, end, hash_text(line)});
+    if (number % 1024 == 0) file.release_before(begin);
+  }
+  ARCUS_REQUIRE(domain.documents.size() > before, ExitCode::data,
+                "{} holds no pair; leave it out, or skip such files with --skip-bad", name);
+}
+
 /// Hash of text [begin, end) of a file that was checked before, letting go of its pages.
 std::uint64_t hash_text_of(const MappedFile& file, std::size_t begin, std::size_t end) {
   StreamHash hash;
@@ -194,10 +221,16 @@ void ProgressMeter::report() {
 
 void scan_files(const PrepareOptions& options, ScannedDomain& domain, DomainReport& report,
                 ProgressMeter& progress) {
+  const PairTemplate how(options.pair_template);
   for (std::size_t i = 0; i < domain.files.size(); ++i) {
     const std::size_t before = domain.documents.size();
+    const auto file_idx = static_cast<std::uint32_t>(i);
     try {
-      scan_file(domain.source->rule, static_cast<std::uint32_t>(i), domain, progress);
+      if (domain.source->pairs) {
+        scan_pairs(how, file_idx, domain, progress);
+      } else {
+        scan_file(domain.source->rule, file_idx, domain, progress);
+      }
       ++report.files;
     } catch (const Error& error) {
       if (!options.skip_bad || error.code() != ExitCode::data) throw;
@@ -227,6 +260,10 @@ void choose_held_out(const PrepareOptions& options, ScannedDomain& domain, Domai
                 "before",
                 domain.source->name, report.bad_files, report.duplicates);
   if (options.valid_fraction == 0) return;
+  if (order.size() == 1 && domain.source->pairs) {
+    report.notes.push_back("it is one pair: nothing is held out");
+    return;
+  }
   if (order.size() == 1) {
     cut_single_document(options, domain, order.front(), report);
     return;
@@ -254,6 +291,7 @@ void choose_held_out(const PrepareOptions& options, ScannedDomain& domain, Domai
 std::vector<std::string> sample_lines(const PrepareOptions& options,
                                       const std::vector<ScannedDomain>& domains) {
   const std::vector<std::int64_t> budgets = sample_budgets(options.spm_sample_bytes, domains);
+  const PairTemplate how(options.pair_template);
   std::vector<std::string> lines;
   for (std::size_t d = 0; d < domains.size(); ++d) {
     const ScannedDomain& domain = domains[d];
@@ -271,8 +309,13 @@ std::vector<std::string> sample_lines(const PrepareOptions& options,
       ARCUS_REQUIRE(document.end <= file.size(), ExitCode::data,
                     "{} has shrunk while it was being read",
                     domain.files[document.file_idx].string());
-      sample_document(file.bytes().substr(document.begin, document.end - document.begin),
-                      document.hash, rng, share, lines);
+      const std::string_view raw =
+          file.bytes().substr(document.begin, document.end - document.begin);
+      std::string rendered;
+      if (domain.source->pairs) {
+        for (const TextPart& part : read_pair(raw, how)) rendered += part.text;
+      }
+      sample_document(domain.source->pairs ? rendered : raw, document.hash, rng, share, lines);
     }
   }
   return lines;

@@ -43,7 +43,8 @@ class ProgressMeter {
   std::int64_t reported_ = -1;
 };
 
-/// Reads all files of a domain: checks the text, cuts it into documents and hashes them.
+/// Reads all files of a domain: checks the text, cuts it into documents and hashes them. A pair's
+/// document is its line, as it stands in the file.
 void scan_files(const PrepareOptions& options, ScannedDomain& domain, DomainReport& report,
                 ProgressMeter& progress);
 

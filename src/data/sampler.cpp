@@ -113,6 +113,7 @@ BatchSampler::BatchSampler(const TokenDataset& dataset, const DataConfig& config
     domains_.push_back({idx, shares[i], begin, (tokens - 1) / seq_len,
                         Rng(seed, "data.windows", domains[i].name).key()});
     begin += shares[i];
+    masked_ = masked_ || dataset.file(idx, Split::train).is_masked();
   }
 }
 
@@ -135,14 +136,30 @@ BatchSampler::Place BatchSampler::place(std::int64_t global_sample) const {
 }
 
 void BatchSampler::sample(std::int64_t global_sample, std::span<std::int32_t> tokens,
-                          std::span<std::int32_t> first_key) const {
-  ARCUS_CHECK(static_cast<std::int64_t>(tokens.size()) == seq_len_ + 1 &&
-                  static_cast<std::int64_t>(first_key.size()) == seq_len_,
-              "room for {} tokens and {} first keys, seq_len is {}", tokens.size(),
-              first_key.size(), seq_len_);
+                          std::span<std::int32_t> first_key,
+                          std::span<std::int32_t> targets) const {
+  ARCUS_CHECK(std::ssize(tokens) == seq_len_ + 1 && std::ssize(first_key) == seq_len_ &&
+                  (targets.empty() || std::ssize(targets) == seq_len_),
+              "room for {} tokens, {} first keys and {} targets, seq_len is {}", tokens.size(),
+              first_key.size(), targets.size(), seq_len_);
   const Place from = place(global_sample);
-  dataset_->file(from.domain_idx, Split::train).read(from.window * seq_len_, tokens);
+  const TokenFile& file = dataset_->file(from.domain_idx, Split::train);
+  file.read(from.window * seq_len_, tokens);
   fill_first_key(tokens, eos_id_, cross_document_attention_, first_key);
+  if (targets.empty()) return;
+  std::copy(tokens.begin() + 1, tokens.end(), targets.begin());
+  file.mask(from.window * seq_len_ + 1, targets);
+}
+
+std::int64_t BatchSampler::num_targets(std::int64_t first_sample, std::int64_t count) const {
+  if (!masked_) return count * seq_len_;
+  std::int64_t targets = 0;
+  for (std::int64_t i = first_sample; i < first_sample + count; ++i) {
+    const Place from = place(i);
+    const std::int64_t begin = from.window * seq_len_ + 1;
+    targets += dataset_->file(from.domain_idx, Split::train).num_targets(begin, begin + seq_len_);
+  }
+  return targets;
 }
 
 const BatchSampler::Domain* BatchSampler::find(std::size_t domain_idx) const {
@@ -197,11 +214,12 @@ std::int64_t EvalSampler::sample(std::int64_t window, std::span<std::int32_t> to
   std::fill(tokens.begin() + static_cast<std::ptrdiff_t>(num_tokens), tokens.end(), eos_id_);
   const auto num_targets = static_cast<std::size_t>(std::min(seq_len_, left - 1));
   file_->read(begin + 1, targets.first(num_targets));
+  file_->mask(begin + 1, targets.first(num_targets));
   std::fill(targets.begin() + static_cast<std::ptrdiff_t>(num_targets), targets.end(), -1);
   fill_first_key(tokens, eos_id_, cross_document_attention_, first_key);
   std::int64_t bytes = 0;
   for (const std::int32_t id : targets.first(num_targets)) {
-    bytes += dataset_->token_bytes()[static_cast<std::size_t>(id)];
+    if (id >= 0) bytes += dataset_->token_bytes()[static_cast<std::size_t>(id)];
   }
   return bytes;
 }

@@ -26,9 +26,13 @@ class BatchSampler {
 
   /// tokens: [seq_len + 1]: inputs are the first seq_len, targets the last seq_len. first_key:
   /// [seq_len]: position in the window of the first token that position s may attend to (0 with
-  /// cross-document attention, else its document's first in the window). Allocates nothing.
+  /// cross-document attention, else its document's first in the window). `targets`, [seq_len] or
+  /// empty: the token after each position, -1 where it must not be learned (prompts). Allocates
+  /// nothing.
   void sample(std::int64_t global_sample, std::span<std::int32_t> tokens,
-              std::span<std::int32_t> first_key) const;
+              std::span<std::int32_t> first_key, std::span<std::int32_t> targets = {}) const;
+  /// Targets of `count` samples from `first_sample` on.
+  std::int64_t num_targets(std::int64_t first_sample, std::int64_t count) const;
 
   /// Where a sample comes from.
   struct Place {
@@ -58,6 +62,7 @@ class BatchSampler {
   std::uint64_t block_key_;
   std::int32_t eos_id_;
   bool cross_document_attention_;
+  bool masked_ = false;  ///< some domain's targets are not all its tokens
   std::vector<Domain> domains_;
 };
 
@@ -72,7 +77,8 @@ class EvalSampler {
   std::int64_t num_real_tokens(std::int64_t window) const;
   /// tokens: [seq_len] (or [seq_len + 1], whose last one is the token after the window); the last
   /// window is filled with EOS. targets: [seq_len]: the token after position s, -1 where there is
-  /// none. Every held-out token but the first is a target once. first_key as in BatchSampler.
+  /// none, and where it must not be learned. Every other held-out token but the first is a target
+  /// once. first_key as in BatchSampler.
   /// Returns the number of UTF-8 bytes that the window's targets stand for (bits per byte).
   std::int64_t sample(std::int64_t window, std::span<std::int32_t> tokens,
                       std::span<std::int32_t> targets, std::span<std::int32_t> first_key) const;

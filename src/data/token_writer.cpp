@@ -33,7 +33,16 @@ void TokenWriter::append_as(std::span<const std::int32_t> ids) {
   }
 }
 
-void TokenWriter::append(std::span<const std::int32_t> ids) {
+void TokenWriter::append(std::span<const std::int32_t> ids, bool learned) {
+  const auto count = static_cast<std::int64_t>(ids.size());
+  if (info_.masked && learned && count > 0) {
+    if (!spans_.empty() && spans_[spans_.size() - 2] == num_tokens_) {
+      spans_[spans_.size() - 2] += count;
+    } else {
+      spans_.insert(spans_.end(), {num_tokens_, num_tokens_ + count, num_targets_});
+    }
+    num_targets_ += count;
+  }
   if (dtype_ == DType::u16) {
     append_as<std::uint16_t>(ids);
   } else {
@@ -41,7 +50,7 @@ void TokenWriter::append(std::span<const std::int32_t> ids) {
   }
   hash_.update(buffer_.data(), buffer_.size());
   write_spool(buffer_.data(), buffer_.size());
-  num_tokens_ += static_cast<std::int64_t>(ids.size());
+  num_tokens_ += count;
 }
 
 void TokenWriter::write_spool(const void* data, std::size_t bytes) {
@@ -65,6 +74,7 @@ FileRecord TokenWriter::finish() {
       .num_documents = static_cast<std::int64_t>(document_bytes_.size()),
       .num_bytes = std::accumulate(document_bytes_.begin(), document_bytes_.end(), std::int64_t{0}),
       .tokens_hash = hash_.digest()};
+  if (info_.masked) record.num_targets = num_targets_;
   write_file(record);
   std::filesystem::remove(spool_path());
   const auto path = dir_ / name_;
@@ -78,7 +88,8 @@ FileRecord TokenWriter::finish() {
 
 void TokenWriter::write_file(const FileRecord& record) {
   h5::File file = h5::File::create(dir_ / name_, ExitCode::data);
-  file.write_attribute("format_version", Manifest::kVersion);
+  file.write_attribute("format_version",
+                       info_.masked ? Manifest::kVersionWithTargets : Manifest::kVersion);
   file.write_attribute("domain", info_.domain);
   file.write_attribute("split", name_of(info_.split));
   file.write_attribute("tokenizer_xxh3", hex(info_.tokenizer_hash));
@@ -88,6 +99,9 @@ void TokenWriter::write_file(const FileRecord& record) {
   file.write_attribute("tokens_xxh3", hex(record.tokens_hash));
   file.write("document_offsets", {record.num_documents + 1}, document_offsets_.data());
   file.write("document_bytes", {record.num_documents}, document_bytes_.data());
+  if (info_.masked) {
+    file.write("target_spans", {std::ssize(spans_) / kSpanColumns, kSpanColumns}, spans_.data());
+  }
   h5::Dataset tokens = file.create_dataset("tokens", dtype_, {num_tokens_});
   const MappedFile spool(spool_path());
   spool.expect_sequential();

@@ -44,6 +44,10 @@ AttentionLayer::AttentionLayer(const ModelConfig& model, const std::string& pref
                      .init_std = out_std,
                      .whole_leaves = true});
   if (model.o_bias) o_bias_ = bias("o_proj.bias", h, false);
+  q_lora_ = LowRank(q_, registry);
+  k_lora_ = LowRank(k_, registry);
+  v_lora_ = LowRank(v_, registry);
+  o_lora_ = LowRank(o_, registry);
   if (model.qk_norm != "none") {
     const bool full = model.qk_norm == "full";
     const auto gain = [&](const char* name, std::int64_t size) {
@@ -75,6 +79,10 @@ AttentionLayer::Saved AttentionLayer::allocate(Arena& arena, std::int64_t num_to
   s.k = arena.allocate(compute, num_tokens * model_.num_kv_heads, model_.head_dim);
   s.out = allocate_padded(arena, compute, num_tokens, q_size_);
   s.lse = arena.allocate(acc, num_tokens * model_.num_heads, 1);
+  s.u_q = q_lora_.allocate(arena, num_tokens, compute);
+  s.u_k = k_lora_.allocate(arena, num_tokens, compute);
+  s.u_v = v_lora_.allocate(arena, num_tokens, compute);
+  s.u_o = o_lora_.allocate(arena, num_tokens, compute);
   return s;
 }
 
@@ -85,6 +93,9 @@ void AttentionLayer::project(PassContext& ctx, const ParamStore& params, ConstTe
                               .weight = params.values(q_, 0, qkv_size()),
                               .bias = params.values(q_bias_, 0, qkv_size()),
                               .few_rows = ctx.decoding});
+  q_lora_.forward(ctx, params, saved.qkv.col_range(0, q_size_), h, saved.u_q);
+  k_lora_.forward(ctx, params, saved.qkv.col_range(q_size_, kv_size_), h, saved.u_k);
+  v_lora_.forward(ctx, params, saved.qkv.col_range(q_size_ + kv_size_, kv_size_), h, saved.u_v);
 }
 
 void AttentionLayer::normalize(PassContext& ctx, const ParamStore& params, TensorView q,
@@ -135,6 +146,7 @@ void AttentionLayer::forward(PassContext& ctx, const ParamStore& params, TensorV
   linear_forward(
       ctx.stream,
       {.y = out, .x = saved.out, .weight = params.values(o_), .bias = params.values(o_bias_)});
+  o_lora_.forward(ctx, params, out, saved.out, saved.u_o);
   add(ctx.stream, {.y = out, .a = out, .b = x});
 }
 
@@ -166,6 +178,7 @@ void AttentionLayer::backward(PassContext& ctx, const ParamStore& params, Tensor
   add_leaves(ctx, params, dout, saved.out, o_, o_bias_);
   const TensorView dattention = ctx.scratch.allocate(compute, h.rows, q_size_);
   linear_dgrad(ctx.stream, {.dx = dattention, .dy = dout, .weight = params.values(o_)});
+  o_lora_.backward(ctx, params, dattention, dout, saved.out, saved.u_o);
 
   const TensorView dqkv = allocate_padded(ctx.scratch, compute, h.rows, qkv_size());
   const TensorView dq = ctx.scratch.allocate(compute, saved.q.rows, model_.head_dim);
@@ -189,12 +202,24 @@ void AttentionLayer::backward(PassContext& ctx, const ParamStore& params, Tensor
                              .position = ctx.batch.position,
                              .shape = sizes});
   if (q_norm_.valid()) normalize_backward(ctx, params, dqkv, saved);
+  project_backward(ctx, params, dh, dqkv, h, saved);
+}
+
+void AttentionLayer::project_backward(PassContext& ctx, const ParamStore& params, TensorView dh,
+                                      TensorView dqkv, ConstTensorView h,
+                                      const Saved& saved) const {
+  const TensorView dq = dqkv.col_range(0, q_size_);
+  const TensorView dk = dqkv.col_range(q_size_, kv_size_);
+  const TensorView dv = dqkv.col_range(q_size_ + kv_size_, kv_size_);
   // Each projection is a tensor of its own, so that a bad leaf is named and frozen ones are
   // skipped.
-  add_leaves(ctx, params, dqkv.col_range(0, q_size_), h, q_, q_bias_);
-  add_leaves(ctx, params, dqkv.col_range(q_size_, kv_size_), h, k_, k_bias_);
-  add_leaves(ctx, params, dqkv.col_range(q_size_ + kv_size_, kv_size_), h, v_, v_bias_);
+  add_leaves(ctx, params, dq, h, q_, q_bias_);
+  add_leaves(ctx, params, dk, h, k_, k_bias_);
+  add_leaves(ctx, params, dv, h, v_, v_bias_);
   linear_dgrad(ctx.stream, {.dx = dh, .dy = dqkv, .weight = params.values(q_, 0, qkv_size())});
+  q_lora_.backward(ctx, params, dh, dq, h, saved.u_q);
+  k_lora_.backward(ctx, params, dh, dk, h, saved.u_k);
+  v_lora_.backward(ctx, params, dh, dv, h, saved.u_v);
 }
 
 void AttentionLayer::decode(PassContext& ctx, const ParamStore& params, TensorView out,
@@ -225,6 +250,7 @@ void AttentionLayer::decode(PassContext& ctx, const ParamStore& params, TensorVi
                               .weight = params.values(o_),
                               .bias = params.values(o_bias_),
                               .few_rows = ctx.decoding});
+  o_lora_.forward(ctx, params, out, saved.out, saved.u_o);
   add(ctx.stream, {.y = out, .a = out, .b = x});
 }
 
@@ -248,6 +274,19 @@ std::vector<GemmShape> AttentionLayer::gemm_shapes(std::int64_t max_tokens, DTyp
   };
   push(GemmKind::forward, all, h, h, all, q_bias_.valid());
   push(GemmKind::forward, h, q_size_, q_size_, h, o_bias_.valid());
+  const auto adapter = [&](const LowRank& lora, std::int64_t x_stride, std::int64_t y_stride) {
+    lora.append_gemm_shapes({.x_stride = x_stride,
+                             .y_stride = y_stride,
+                             .compute = compute,
+                             .dx_type = compute,
+                             .min_rows = max_tokens,
+                             .max_rows = max_tokens},
+                            training, shapes);
+  };
+  adapter(q_lora_, h, all);
+  adapter(k_lora_, h, all);
+  adapter(v_lora_, h, all);
+  adapter(o_lora_, q_size_, h);
   if (!training) return shapes;
   push(GemmKind::dgrad, h, q_size_, q_size_, h, false);
   push(GemmKind::dgrad, all, h, h, all, false);

@@ -5,6 +5,7 @@
 
 #include "kernels/attention.hpp"
 #include "src/model/config.hpp"
+#include "src/model/lora.hpp"
 #include "src/model/param_registry.hpp"
 #include "src/model/pass.hpp"
 
@@ -30,6 +31,7 @@ class AttentionLayer {
     TensorView q, k;  ///< rotated, attention layout
     TensorView out;   ///< [T, N] before the output projection
     TensorView lse;
+    TensorView u_q, u_k, u_v, u_o;  ///< [T, r] inner rows of adapters
   };
   Saved allocate(Arena& arena, std::int64_t num_tokens, DType compute) const;
   /// out [T, H] = x + attention(h), h [T, H] the normed input.
@@ -46,6 +48,10 @@ class AttentionLayer {
   AttentionShape shape(std::int64_t num_seqs, std::int64_t seq_len) const;
   std::int64_t qkv_size() const { return q_size_ + 2 * kv_size_; }
   std::int64_t kv_size() const { return kv_size_; }
+  /// Columns of all adapters' inner rows.
+  std::int64_t adapter_cols() const {
+    return q_lora_.rank() + k_lora_.rank() + v_lora_.rank() + o_lora_.rank();
+  }
 
  private:
   void project(PassContext& ctx, const ParamStore& params, ConstTensorView h,
@@ -56,6 +62,8 @@ class AttentionLayer {
                           const Saved& saved) const;
   void rotate(PassContext& ctx, const ParamStore& params, const AttentionShape& shape,
               const Saved& saved) const;
+  void project_backward(PassContext& ctx, const ParamStore& params, TensorView dh, TensorView dqkv,
+                        ConstTensorView h, const Saved& saved) const;
   ConstTensorView inv_freq() const {
     return {inv_freq_.data(), DType::f64, 1, static_cast<std::int64_t>(inv_freq_.size())};
   }
@@ -64,6 +72,7 @@ class AttentionLayer {
   std::int64_t q_size_, kv_size_;
   std::vector<double> inv_freq_;
   ParamRef q_, k_, v_, q_bias_, k_bias_, v_bias_, o_, o_bias_, q_norm_, k_norm_;
+  LowRank q_lora_, k_lora_, v_lora_, o_lora_;
 };
 
 }  // namespace arcus

@@ -75,8 +75,9 @@ void Block::count_round(Arena& saved, Arena& scratch, Arena& row_memory, std::in
     moe_->allocate_rows(saved, row_memory, rows, padded, compute, dummy.moe);
   }
   const ArenaScope scope(scratch);
-  scratch.allocate(acc, tokens, 4 * h + 2 * attention_.qkv_size() + 64);
+  scratch.allocate(acc, tokens, 4 * h + 2 * attention_.qkv_size() + 64 + attention_.adapter_cols());
   if (dense_) {
+    dense_->allocate_adapter_scratch(scratch, num_tokens, compute);
     scratch.allocate(compute, tokens,
                      ffn_row_stride(h) + ffn_row_stride(dense_->shape().gate_up_size()));
   }

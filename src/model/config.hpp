@@ -83,6 +83,17 @@ struct RoutingConfig {
   double stream_target_loss = 0;
 };
 
+/// Keys of [train.lora]: low-rank adapters of weights that stay as they are (src/model/lora.hpp).
+struct LoraConfig {
+  std::int64_t rank = 0;  ///< 0 = no adapters
+  double alpha = 0;       ///< what they add is multiplied by alpha / rank; 0 = rank
+  std::string match =
+      R"(self_attn\.[qkvo]_proj)";  ///< regular expression, searched in the weight's name
+
+  bool active() const { return rank > 0; }
+  double scale() const { return alpha > 0 ? alpha / static_cast<double>(rank) : 1; }
+};
+
 /// How one layer routes.
 struct LayerRouting {
   std::int64_t topk = 0;

@@ -39,7 +39,11 @@ DenseFfn::DenseFfn(const std::string& prefix, const FfnShape& shape, double down
                         .shape = {h, f},
                         .init_std = down_init_std,
                         .whole_leaves = true});
-  if (!shape.bias) return;
+  if (shape.bias) add_biases(prefix, registry);
+  adapters_ = FfnAdapters(gate_, up_, down_, registry);
+}
+
+void DenseFfn::add_biases(const std::string& prefix, ParamRegistry& registry) {
   const auto bias = [&](const char* name, std::int64_t size, bool follows) {
     return registry.add({.name = prefix + name,
                          .shape = {size},
@@ -47,9 +51,10 @@ DenseFfn::DenseFfn(const std::string& prefix, const FfnShape& shape, double down
                          .init = ParamInit::zeros,
                          .follows_previous = follows});
   };
-  if (gated) gate_bias_ = bias("gate_proj.bias", f, false);
-  up_bias_ = bias("up_proj.bias", f, gated);
-  down_bias_ = bias("down_proj.bias", h, false);
+  const bool gated = shape_.gated();
+  if (gated) gate_bias_ = bias("gate_proj.bias", shape_.ff_size, false);
+  up_bias_ = bias("up_proj.bias", shape_.ff_size, gated);
+  down_bias_ = bias("down_proj.bias", shape_.hidden_size, false);
 }
 
 DenseFfn::Saved DenseFfn::allocate(Arena& arena, std::int64_t num_tokens, DType compute) const {
@@ -57,7 +62,8 @@ DenseFfn::Saved DenseFfn::allocate(Arena& arena, std::int64_t num_tokens, DType 
   const std::int64_t f = shape_.ff_size;
   const std::int64_t u = shape_.gate_up_size();
   return {arena.allocate(compute, rows, u, ffn_row_stride(u)),
-          arena.allocate(compute, rows, f, ffn_row_stride(f))};
+          arena.allocate(compute, rows, f, ffn_row_stride(f)),
+          adapters_.allocate(arena, rows, compute)};
 }
 
 FfnWeights DenseFfn::weights(const ParamStore& params) const {
@@ -83,7 +89,8 @@ void DenseFfn::forward(PassContext& ctx, const ParamStore& params, TensorView y,
                            .weights = weights(params),
                            .shape = shape_,
                            .segments = {&segment, 1},
-                           .few_rows = ctx.decoding});
+                           .few_rows = ctx.decoding,
+                           .low_rank = adapters_.views(params, saved.u)});
 }
 
 void DenseFfn::backward(PassContext& ctx, const ParamStore& params, TensorView dx,
@@ -95,6 +102,7 @@ void DenseFfn::backward(PassContext& ctx, const ParamStore& params, TensorView d
   const std::int64_t u = shape_.gate_up_size();
   const TensorView dy_padded = ctx.scratch.allocate(dy.dtype, rows, h, ffn_row_stride(h));
   const TensorView dgate_up = ctx.scratch.allocate(dy.dtype, rows, u, ffn_row_stride(u));
+  const FfnAdapters::Rows v = adapters_.allocate(ctx.scratch, rows, dy.dtype);
   ffn_backward(ctx.stream, {.dx = dx,
                             .dy = dy_padded,
                             .dgate_up = dgate_up,
@@ -102,7 +110,8 @@ void DenseFfn::backward(PassContext& ctx, const ParamStore& params, TensorView d
                             .gate_up = saved.gate_up,
                             .weights = weights(params),
                             .shape = shape_,
-                            .segments = {&segment, 1}});
+                            .segments = {&segment, 1},
+                            .low_rank = adapters_.views(params, v)});
   ffn_wgrad(ctx.stream, {.dgate = params.sums(gate_),
                          .dup = params.sums(up_),
                          .ddown = params.sums(down_),
@@ -115,11 +124,14 @@ void DenseFfn::backward(PassContext& ctx, const ParamStore& params, TensorView d
                          .dgate_up = dgate_up,
                          .shape = shape_,
                          .segments = {&segment, 1}});
+  adapters_.add_leaves(ctx, params, x, saved.act, dy_padded, dgate_up, saved.u, v, {&segment, 1});
 }
 
 std::vector<GemmShape> DenseFfn::gemm_shapes(std::int64_t max_tokens, DType compute,
                                              bool training) const {
-  return ffn_gemm_shapes(shape_, compute, max_tokens, training);
+  std::vector<GemmShape> shapes = ffn_gemm_shapes(shape_, compute, max_tokens, training);
+  adapters_.append_gemm_shapes(shape_, compute, max_tokens, training, shapes);
+  return shapes;
 }
 
 }  // namespace arcus

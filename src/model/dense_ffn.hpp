@@ -5,6 +5,7 @@
 
 #include "kernels/ffn.hpp"
 #include "src/model/config.hpp"
+#include "src/model/lora.hpp"
 #include "src/model/param_registry.hpp"
 #include "src/model/pass.hpp"
 
@@ -24,6 +25,7 @@ class DenseFfn {
   struct Saved {
     TensorView gate_up;  ///< [Tp, U], see FfnShape
     TensorView act;      ///< [Tp, F]
+    FfnAdapters::Rows u;
   };
   Saved allocate(Arena& arena, std::int64_t num_tokens, DType compute) const;
   /// y [T, H] = down(act), see kernels/ffn.hpp.
@@ -32,14 +34,20 @@ class DenseFfn {
   /// dx [T, H]; adds the leaves. x has 32 readable, finite rows behind it.
   void backward(PassContext& ctx, const ParamStore& params, TensorView dx, ConstTensorView dy,
                 ConstTensorView x, const Saved& saved) const;
+  /// Adds up what backward needs besides.
+  void allocate_adapter_scratch(Arena& arena, std::int64_t num_tokens, DType compute) const {
+    adapters_.allocate(arena, padded_rows(num_tokens), compute);
+  }
   std::vector<GemmShape> gemm_shapes(std::int64_t max_tokens, DType compute, bool training) const;
   const FfnShape& shape() const { return shape_; }
 
  private:
+  void add_biases(const std::string& prefix, ParamRegistry& registry);
   FfnWeights weights(const ParamStore& params) const;
   Segment whole(const PassContext& ctx) const;
   FfnShape shape_;
   ParamRef gate_, up_, down_, gate_bias_, up_bias_, down_bias_;
+  FfnAdapters adapters_;
 };
 
 }  // namespace arcus

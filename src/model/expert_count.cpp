@@ -17,9 +17,9 @@ using Shapes = std::map<std::string, std::vector<std::int64_t>>;
 
 Shapes shapes_of_parameters(ModelConfig model, std::int64_t num_experts,
                             const RoutingConfig& routing,
-                            const std::vector<RoutingOverride>& overrides) {
+                            const std::vector<RoutingOverride>& overrides, const LoraConfig& lora) {
   model.num_experts = num_experts;
-  ParamRegistry registry(num_experts, 0, num_experts);
+  ParamRegistry registry(num_experts, 0, num_experts, lora);
   const Transformer transformer(model, routing, overrides, /*micro_batch_tokens=*/1, registry);
   Shapes shapes;
   for (const ParamRow& row : registry.rows()) shapes[row.name] = row.shape;
@@ -29,10 +29,11 @@ Shapes shapes_of_parameters(ModelConfig model, std::int64_t num_experts,
 }  // namespace
 
 std::set<std::string> tensors_by_expert(const ModelConfig& model, const RoutingConfig& routing,
-                                        const std::vector<RoutingOverride>& overrides) {
+                                        const std::vector<RoutingOverride>& overrides,
+                                        const LoraConfig& lora) {
   // A parameter is one of experts where another number of them changes its shape.
-  const Shapes here = shapes_of_parameters(model, model.num_experts, routing, overrides);
-  const Shapes there = shapes_of_parameters(model, model.num_experts + 1, routing, overrides);
+  const Shapes here = shapes_of_parameters(model, model.num_experts, routing, overrides, lora);
+  const Shapes there = shapes_of_parameters(model, model.num_experts + 1, routing, overrides, lora);
   std::set<std::string> names;
   for (const auto& [name, shape] : here) {
     std::vector<std::int64_t> other = there.at(name);

@@ -13,7 +13,8 @@ namespace arcus {
 /// Names of the parameters and of the balancing state that hold something for every expert, stacked
 /// along their first dimension [E, ...].
 std::set<std::string> tensors_by_expert(const ModelConfig& model, const RoutingConfig& routing,
-                                        const std::vector<RoutingOverride>& overrides);
+                                        const std::vector<RoutingOverride>& overrides,
+                                        const LoraConfig& lora);
 
 /// The experts of a model with another number of them: which old one each new one is a copy of.
 class ExpertMap {

@@ -22,6 +22,7 @@ MoeLayer::MoeLayer(const ModelConfig& model, const RoutingConfig& routing,
       shape_(ffn_shape(model, model.expert_ff_size)),
       gate_(model, routing, prefix, registry) {
   add_experts(prefix + "experts.", registry);
+  adapters_ = FfnAdapters(gate_proj_, up_proj_, down_proj_, registry);
   if (model.num_shared_experts == 0) return;
   shared_.emplace(prefix + "shared_experts.",
                   ffn_shape(model, model.expert_ff_size * model.num_shared_experts),
@@ -100,6 +101,7 @@ void MoeLayer::allocate_rows(Arena& arena, Arena& row_memory, std::int64_t rows,
   saved.y = row_memory.allocate(compute, rows, h);
   saved.gate_up = arena.allocate(compute, padded, u, ffn_row_stride(u));
   saved.act = arena.allocate(compute, padded, f, ffn_row_stride(f));
+  saved.u = adapters_.allocate(arena, padded, compute);
 }
 
 FfnWeights MoeLayer::expert_weights(const ParamStore& params) const {
@@ -155,7 +157,8 @@ void MoeLayer::forward(PassContext& ctx, const ParamStore& params, TokenDispatch
                              .weights = expert_weights(params),
                              .shape = shape_,
                              .segments = segments,
-                             .few_rows = ctx.decoding});
+                             .few_rows = ctx.decoding,
+                             .low_rank = adapters_.views(params, saved.u)});
   };
   // Own rows are worked on while those of others travel: some of them on the way here, some on the
   // way back.
@@ -202,7 +205,8 @@ void MoeLayer::backward_shared(PassContext& ctx, const ParamStore& params, Tenso
 }
 
 void MoeLayer::add_expert_leaves(PassContext& ctx, const ParamStore& params, ConstTensorView dy,
-                                 ConstTensorView dgate_up, const Saved& saved) const {
+                                 ConstTensorView dgate_up, const FfnAdapters::Rows& v,
+                                 const Saved& saved) const {
   const FfnWeights weights = expert_weights(params);
   ffn_wgrad(ctx.stream, {.dgate = params.sums(gate_proj_),
                          .dup = params.sums(up_proj_),
@@ -219,6 +223,8 @@ void MoeLayer::add_expert_leaves(PassContext& ctx, const ParamStore& params, Con
                          .dgate_up = dgate_up,
                          .shape = shape_,
                          .segments = saved.plan.segments});
+  adapters_.add_leaves(ctx, params, saved.x, saved.act, dy, dgate_up, saved.u, v,
+                       saved.plan.segments);
 }
 
 void MoeLayer::backward(PassContext& ctx, const ParamStore& params, TokenDispatcher& dispatcher,
@@ -249,6 +255,7 @@ void MoeLayer::backward(PassContext& ctx, const ParamStore& params, TokenDispatc
   const TensorView drow_weight = ctx.rows.allocate(acc, 1, rows);
   const TensorView dy = ctx.scratch.allocate(compute, padded, hidden, ffn_row_stride(hidden));
   const TensorView dgate_up = ctx.scratch.allocate(compute, padded, u, ffn_row_stride(u));
+  const FfnAdapters::Rows v = adapters_.allocate(ctx.scratch, padded, compute);
   const auto experts = [&](std::span<const Segment> segments) {
     ffn_backward(ctx.stream, {.dx = dx,
                               .drow_weight = drow_weight,
@@ -260,7 +267,8 @@ void MoeLayer::backward(PassContext& ctx, const ParamStore& params, TokenDispatc
                               .gate_up = saved.gate_up,
                               .weights = expert_weights(params),
                               .shape = shape_,
-                              .segments = segments});
+                              .segments = segments,
+                              .low_rank = adapters_.views(params, v)});
   };
   // As in the forward pass; the weights' gradients are what hides the way back.
   experts(saved.plan.own_segments);
@@ -270,7 +278,7 @@ void MoeLayer::backward(PassContext& ctx, const ParamStore& params, TokenDispatc
   SlotRows slots;
   const Event returned = dispatcher.combine(ctx.stream, saved.plan, dx, drow_weight, slots);
   ctx.stream.poll_between_tasks(returned);
-  add_expert_leaves(ctx, params, dy, dgate_up, saved);
+  add_expert_leaves(ctx, params, dy, dgate_up, v, saved);
   ctx.stream.wait(returned);
   const TensorView dgate = ctx.scratch.allocate(acc, h.rows, hidden);
   gate_.backward(ctx, params, dgate, slots.scalars, h, saved.routing);
@@ -294,6 +302,7 @@ void MoeLayer::allocate_backward_scratch(Arena& arena, Arena& row_memory, std::i
   row_memory.allocate_bytes(1 << 10);  // rounding of the four pieces to the arena's alignment
   arena.allocate(compute, padded, ffn_row_stride(h));
   arena.allocate(compute, padded, ffn_row_stride(shape_.gate_up_size()));
+  adapters_.allocate(arena, padded, compute);
   // The gate, the shared expert and its gate on tokens.
   const std::int64_t tokens = padded_rows(num_tokens) + kWgradRowPadding;
   arena.allocate(acc, tokens, 2 * h + 1);
@@ -301,6 +310,7 @@ void MoeLayer::allocate_backward_scratch(Arena& arena, Arena& row_memory, std::i
   if (shared_) {
     arena.allocate(compute, tokens,
                    3 * h + ffn_row_stride(h) + ffn_row_stride(shared_->shape().gate_up_size()));
+    shared_->allocate_adapter_scratch(arena, num_tokens, compute);
   }
   arena.allocate_bytes(1 << 14);  // rounding of the pieces above to the arena's alignment
 }
@@ -313,6 +323,7 @@ std::vector<GemmShape> MoeLayer::gemm_shapes(std::int64_t min_tokens, std::int64
     shapes.insert(shapes.end(), more.begin(), more.end());
   };
   append(ffn_gemm_shapes(shape_, compute, max_segment_rows, training));
+  adapters_.append_gemm_shapes(shape_, compute, max_segment_rows, training, shapes);
   if (shared_) append(shared_->gemm_shapes(max_tokens, compute, training));
   if (shared_gate_.valid() && training) {
     const DType acc = accumulate_dtype(compute);

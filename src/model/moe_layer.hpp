@@ -24,6 +24,7 @@ class MoeLayer {
     TensorView gate_up;  ///< [Rp, U], see FfnShape
     TensorView act;      ///< [Rp, F]
     TensorView y;        ///< [R, H]
+    FfnAdapters::Rows u;
     DenseFfn::Saved shared;
     TensorView shared_out;    ///< [T, H] before its gate; kept only with shared_expert_gate
     TensorView shared_logit;  ///< [T, 1] accumulate type
@@ -70,13 +71,15 @@ class MoeLayer {
   void backward_shared(PassContext& ctx, const ParamStore& params, TensorView dh,
                        ConstTensorView dout, ConstTensorView h, const Saved& saved) const;
   void add_expert_leaves(PassContext& ctx, const ParamStore& params, ConstTensorView dy,
-                         ConstTensorView dgate_up, const Saved& saved) const;
+                         ConstTensorView dgate_up, const FfnAdapters::Rows& v,
+                         const Saved& saved) const;
 
   ModelConfig model_;
   FfnShape shape_;
   Gate gate_;
   /// The experts' parameters; with neither gate nor biases those are not there.
   ParamRef gate_proj_, up_proj_, down_proj_, gate_bias_, up_bias_, down_bias_;
+  FfnAdapters adapters_;  ///< of every expert
   std::optional<DenseFfn> shared_;
   ParamRef shared_gate_;
 };

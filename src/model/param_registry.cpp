@@ -17,16 +17,36 @@ std::int64_t align(std::int64_t elements) {
   return (elements + kAlignment - 1) / kAlignment * kAlignment;
 }
 
+FlatId flat_of_dense(const ParamRow& row) {
+  if (row.adapter) return FlatId::dense_adapter;
+  return row.keep_accumulate_type ? FlatId::dense_accumulate : FlatId::dense_compute;
+}
+FlatId flat_of_experts(const ParamRow& row) {
+  if (row.adapter) return FlatId::expert_adapter;
+  return row.keep_accumulate_type ? FlatId::expert_accumulate : FlatId::expert_compute;
+}
+
 }  // namespace
 
+ParamPart part_of(const ParamRow& row) {
+  const auto has = [&](std::string_view part) { return row.name.find(part) != std::string::npos; };
+  if (row.adapter) return ParamPart::adapters;
+  if (row.kind == ParamKind::expert) return ParamPart::experts;
+  if (has(".mlp.gate.") || has(".stream_gate.")) return ParamPart::router;
+  if (has("norm.")) return ParamPart::norms;
+  if (has("model.embed_") || has("lm_head.")) return ParamPart::embeddings;
+  return ParamPart::dense;
+}
+
 ParamRegistry::ParamRegistry(std::int64_t num_experts, std::int64_t first_local_expert,
-                             std::int64_t num_local_experts)
+                             std::int64_t num_local_experts, LoraConfig lora)
     : num_experts_(num_experts),
       first_local_expert_(first_local_expert),
-      num_local_experts_(num_local_experts) {}
+      num_local_experts_(num_local_experts),
+      lora_(std::move(lora)) {}
 
 ParamRef ParamRegistry::add(ParamRow row) {
-  row.flat = row.keep_accumulate_type ? FlatId::dense_accumulate : FlatId::dense_compute;
+  row.flat = flat_of_dense(row);
   std::int64_t& size = sizes_[index_of(row.flat)];
   row.offset = row.follows_previous ? size : align(size);
   size = row.offset + row.unit_elements();
@@ -36,11 +56,10 @@ ParamRef ParamRegistry::add(ParamRow row) {
 }
 
 std::vector<ParamRef> ParamRegistry::add_experts(std::vector<ParamRow> rows) {
-  const bool keep = rows.front().keep_accumulate_type;
-  const FlatId flat = keep ? FlatId::expert_accumulate : FlatId::expert_compute;
+  const FlatId flat = flat_of_experts(rows.front());
   std::int64_t stride = 0;
   for (ParamRow& row : rows) {
-    ARCUS_CHECK(row.keep_accumulate_type == keep, "{} is kept in another type than {}", row.name,
+    ARCUS_CHECK(flat_of_experts(row) == flat, "{} does not stand in one flat with {}", row.name,
                 rows.front().name);
     ARCUS_CHECK(row.shape[0] == num_experts_, "{} has {} experts, the model {}", row.name,
                 row.shape[0], num_experts_);
@@ -49,10 +68,10 @@ std::vector<ParamRef> ParamRegistry::add_experts(std::vector<ParamRow> rows) {
     row.expert_offset = stride;
     stride += row.unit_elements();
   }
-  std::int64_t& strides_before = expert_strides_[index_of(flat)];
+  std::int64_t& strides = expert_strides_[index_of(flat)];
   std::vector<ParamRef> refs;
   for (ParamRow& row : rows) {
-    row.strides_before = strides_before;
+    row.strides_before = strides;
     row.expert_stride = align(stride);
     row.offset = num_local_experts_ * row.strides_before + row.expert_offset;
     row.first_unit_idx = num_units_;
@@ -60,7 +79,7 @@ std::vector<ParamRef> ParamRegistry::add_experts(std::vector<ParamRow> rows) {
     rows_.push_back(std::move(row));
     refs.push_back({static_cast<int>(rows_.size()) - 1});
   }
-  strides_before += align(stride);
+  strides += align(stride);
   sizes_[index_of(flat)] = expert_flat_size(flat, num_local_experts_);
   return refs;
 }
@@ -112,6 +131,19 @@ std::int64_t ParamRegistry::active_parameters() const {
   return total;
 }
 
+bool ParamRegistry::is_trained(FlatId flat) const {
+  return std::any_of(rows_.begin(), rows_.end(),
+                     [&](const ParamRow& row) { return row.flat == flat && row.trainable; });
+}
+
+std::int64_t ParamRegistry::trained_parameters() const {
+  std::int64_t total = 0;
+  for (const ParamRow& row : rows_) {
+    total += row.trainable ? row.num_units() * row.unit_elements() : 0;
+  }
+  return total;
+}
+
 ParamStore::ParamStore(const ParamRegistry& registry, DType compute, DType sum_dtype, bool training)
     : registry_(&registry),
       compute_(compute),
@@ -122,10 +154,11 @@ ParamStore::ParamStore(const ParamRegistry& registry, DType compute, DType sum_d
   for (const FlatId flat : kFlatIds) {
     const std::int64_t n = registry.flat_size(flat);
     values_.emplace_back("parameters", n * static_cast<std::int64_t>(size_of(dtype(flat))));
-    sums_.emplace_back("gradient sums",
-                       training ? n * static_cast<std::int64_t>(size_of(sum_dtype)) : 0);
     value_views_[index_of(flat)] = values_.back().allocate(dtype(flat), 1, n);
-    if (training) sum_views_[index_of(flat)] = sums_.back().allocate(sum_dtype, 1, n);
+    sum_views_[index_of(flat)].dtype = sum_dtype;
+    if (!training || !registry.is_trained(flat)) continue;
+    sums_.emplace_back("gradient sums", n * static_cast<std::int64_t>(size_of(sum_dtype)));
+    sum_views_[index_of(flat)] = sums_.back().allocate(sum_dtype, 1, n);
   }
 }
 
@@ -204,7 +237,7 @@ std::int64_t ParamStore::value_bytes() const {
 
 std::int64_t ParamStore::sum_bytes() const {
   std::int64_t bytes = 0;
-  for (const Arena& arena : sums_) bytes += training_ ? arena.capacity() : 0;
+  for (const Arena& arena : sums_) bytes += arena.capacity();
   return bytes;
 }
 

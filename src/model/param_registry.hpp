@@ -10,20 +10,32 @@
 #include "kernels/arena.hpp"
 #include "kernels/gradient.hpp"
 #include "src/base/state.hpp"
+#include "src/model/config.hpp"
 
 namespace arcus {
 
 enum class ParamKind { dense, expert };
 enum class ParamInit { normal, ones, zeros };
 
-/// Parameters live in four flat blocks. Gate, norms and biases keep the accumulate type even where
-/// the model computes in bf16.
-enum class FlatId : int { dense_accumulate, dense_compute, expert_compute, expert_accumulate };
-inline constexpr std::array<FlatId, 4> kFlatIds{FlatId::dense_accumulate, FlatId::dense_compute,
-                                                FlatId::expert_compute, FlatId::expert_accumulate};
+/// Parameters live in flat blocks. Gate, norms and biases keep the accumulate type even where the
+/// model computes in bf16. Adapters stand apart: a flat without trained tensors has neither
+/// gradient sums nor moments, and is not exchanged after a step.
+enum class FlatId : int {
+  dense_accumulate,
+  dense_compute,
+  expert_compute,
+  expert_accumulate,
+  dense_adapter,
+  expert_adapter
+};
+inline constexpr std::array<FlatId, 6> kFlatIds{FlatId::dense_accumulate, FlatId::dense_compute,
+                                                FlatId::expert_compute,   FlatId::expert_accumulate,
+                                                FlatId::dense_adapter,    FlatId::expert_adapter};
 inline std::size_t index_of(FlatId id) { return static_cast<std::size_t>(id); }
-inline bool of_experts(FlatId id) {
-  return id == FlatId::expert_compute || id == FlatId::expert_accumulate;
+/// Whether a rank holds those of its own experts alone.
+inline bool is_by_expert(FlatId id) {
+  return id == FlatId::expert_compute || id == FlatId::expert_accumulate ||
+         id == FlatId::expert_adapter;
 }
 
 /// One logical tensor: size, initial values, decay, gradient group and file name, described once.
@@ -31,6 +43,7 @@ struct ParamRow {
   std::string name;
   std::vector<std::int64_t> shape;  ///< experts: [E, ...]
   ParamKind kind = ParamKind::dense;
+  bool adapter = false;               ///< lora_A or lora_B
   bool keep_accumulate_type = false;  ///< ..._accumulate instead of ..._compute
   ParamInit init = ParamInit::normal;
   double init_std = 0.02;
@@ -63,6 +76,15 @@ struct ParamRow {
   }
 };
 
+/// What a parameter is for, by its name.
+enum class ParamPart { router, experts, dense, embeddings, norms, adapters };
+inline constexpr std::array<const char*, 6> kParamParts{"router",     "experts", "dense",
+                                                        "embeddings", "norms",   "adapters"};
+/// router: gates, their noise and predictors, decision layers; experts: those that tokens are
+/// routed to; adapters: lora_A and lora_B of whatever weight; dense: everything else, shared
+/// experts too.
+ParamPart part_of(const ParamRow& row);
+
 /// Position of a row in the registry.
 struct ParamRef {
   int idx = -1;
@@ -81,22 +103,25 @@ struct ParamBlock {
 /// (gate, up, down of one expert adjacent).
 class ParamRegistry {
  public:
-  /// `local` = the experts of this rank.
+  /// `local` = the experts of this rank. `lora` says which weights get adapters.
   ParamRegistry(std::int64_t num_experts, std::int64_t first_local_expert,
-                std::int64_t num_local_experts);
+                std::int64_t num_local_experts, LoraConfig lora = {});
 
   ParamRef add(ParamRow row);
   /// Rows of one layer's experts, all [E, ...] and of one flat; memory is expert by expert.
   std::vector<ParamRef> add_experts(std::vector<ParamRow> rows);
 
+  const LoraConfig& lora() const { return lora_; }
   const std::vector<ParamRow>& rows() const { return rows_; }
   std::vector<ParamRow>& mutable_rows() { return rows_; }
   const ParamRow& row(ParamRef ref) const { return rows_[static_cast<std::size_t>(ref.idx)]; }
   std::int64_t flat_size(FlatId flat) const { return sizes_[index_of(flat)]; }
-  /// Elements of a flat of experts on a rank that holds `num_experts` of them.
+  /// Elements of a flat by expert on a rank that holds `num_experts` of them.
   std::int64_t expert_flat_size(FlatId flat, std::int64_t num_experts) const {
     return num_experts * expert_strides_[index_of(flat)];
   }
+  /// Whether any tensor of a flat is trained.
+  bool is_trained(FlatId flat) const;
   std::int64_t num_units() const { return num_units_; }
   /// Name of a unit, e.g. "model.layers.1.mlp.experts.gate_proj.weight[5]".
   std::string unit_name(std::int64_t unit_idx) const;
@@ -116,9 +141,11 @@ class ParamRegistry {
   /// Parameters of the whole model, and those that one token passes through.
   std::int64_t total_parameters() const;
   std::int64_t active_parameters() const;
+  std::int64_t trained_parameters() const;
 
  private:
   std::int64_t num_experts_, first_local_expert_, num_local_experts_;
+  LoraConfig lora_;
   std::vector<ParamRow> rows_;
   std::array<std::int64_t, kFlatIds.size()> sizes_{};
   std::int64_t num_units_ = 0;
@@ -140,6 +167,7 @@ class ParamStore {
   const ParamRegistry& registry() const { return *registry_; }
   /// All values of a flat, [1, n].
   TensorView flat_values(FlatId flat) const { return value_views_[index_of(flat)]; }
+  /// Empty where nothing of the flat is trained.
   TensorView flat_sums(FlatId flat) const { return sum_views_[index_of(flat)]; }
   /// The (local expert's) tensor as [rows, cols]; `rows` > 0 asks for a view that spans following
   /// rows as well. Empty for a tensor that is not there.

@@ -46,6 +46,7 @@ Transformer::Transformer(const ModelConfig& model, const RoutingConfig& routing,
                           .leaves_per_micro_batch = chunks,
                           .whole_leaves = true});
   }
+  require_adapters(registry);
 }
 
 MicroBatchStats Transformer::make_stats() const {

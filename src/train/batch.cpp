@@ -38,10 +38,9 @@ MicroBatch BatchBuffers::fill(const BatchSampler& sampler, std::int64_t number,
   const auto length = static_cast<std::size_t>(seq_len_);
   for (std::int64_t s = 0; s < num_seqs; ++s) {
     const auto at = static_cast<std::size_t>(s * seq_len_);
-    sampler.sample(first_sample + s, tokens_, std::span(first_key_).subspan(at, length));
-    const auto to = static_cast<std::ptrdiff_t>(at);
-    std::copy(tokens_.begin(), tokens_.end() - 1, ids_.begin() + to);
-    std::copy(tokens_.begin() + 1, tokens_.end(), targets_.begin() + to);
+    sampler.sample(first_sample + s, tokens_, std::span(first_key_).subspan(at, length),
+                   std::span(targets_).subspan(at, length));
+    std::copy(tokens_.begin(), tokens_.end() - 1, ids_.begin() + static_cast<std::ptrdiff_t>(at));
   }
   return view(number, num_seqs);
 }

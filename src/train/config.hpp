@@ -27,9 +27,14 @@ struct TrainConfig {
   bool recompute = false;     ///< keep layer inputs only, run layers again in backward
 };
 
-/// One [[train.group]]: overrides for parameters whose name matches; the last match wins.
+/// ParamGroupConfig::part of parameters of every part.
+inline constexpr const char* kAnyPart = "any";
+
+/// One [[train.group]]: overrides for parameters of a part whose name matches; the last match wins.
+/// With adapters ([train.lora]) everything else is frozen unless a group takes it in.
 struct ParamGroupConfig {
-  std::string match;  ///< ECMAScript regular expression, searched in the name
+  std::string match;            ///< ECMAScript regular expression, searched in the name
+  std::string part = kAnyPart;  ///< a name of kParamParts, or "any"
   double lr_scale = 1;
   double weight_decay = -1;  ///< < 0: [train] weight_decay
   bool frozen = false;

@@ -64,7 +64,10 @@ std::uint64_t CrossCheck::digest_of_pass(const BatchSampler& sampler, std::int64
   if (number >= 0) {
     batch = buffers_.fill(sampler, number, train.micro_batch_seqs,
                           steps_done * train.global_batch_seqs + number * train.micro_batch_seqs);
-    batch.loss_scale = 1.0 / static_cast<double>(train.global_batch_seqs * train.seq_len);
+    batch.loss_scale =
+        1.0 /
+        static_cast<double>(std::max<std::int64_t>(
+            1, sampler.num_targets(steps_done * train.global_batch_seqs, train.global_batch_seqs)));
     batch.weight = 1.0 / static_cast<double>(schedule_.num_micro_batches);
   }
   PassContext ctx = instance_->pass(batch, stats_);
@@ -77,7 +80,7 @@ std::uint64_t CrossCheck::digest_of_pass(const BatchSampler& sampler, std::int64
   const bool experts = instance_->groups().edp->size() > 1;
   StreamHash hash;
   for (const FlatId flat : kFlatIds) {
-    if (of_experts(flat) && !experts) continue;
+    if (is_by_expert(flat) && !experts) continue;
     const TensorView sums = instance_->params().flat_sums(flat);
     hash.update(sums.data, static_cast<std::size_t>(sums.size()) * size_of(sums.dtype));
   }

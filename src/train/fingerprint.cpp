@@ -37,6 +37,8 @@ InstanceOptions small_instance(const ModelConfig& model, DType compute, std::int
   o.routing.z_loss = 1e-3;
   o.routing.gate_bias = true;
   o.weight_decay = 0.1;
+  o.lora = {.rank = 8, .match = "_proj"};
+  o.groups = {{.match = "."}};
   return o;
 }
 

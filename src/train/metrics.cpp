@@ -53,6 +53,7 @@ std::string to_json_line(const StepMetrics& m) {
                {"lr", number(m.lr)},
                {"tokens", m.tokens},
                {"layers", std::move(layers)}};
+  if (m.targets != m.tokens) line["targets"] = m.targets;
   if (!m.applied) {
     line["skipped"] = true;
     line["bad_tensor"] = m.bad_tensor;

@@ -36,6 +36,7 @@ struct StepMetrics {
   double grad_norm = 0;
   double lr = 0;
   std::int64_t tokens = 0;
+  std::int64_t targets = 0;          ///< tokens that are learned: what `ce` is the mean over
   bool applied = true;               ///< false: a non-finite step, skipped
   std::string bad_tensor;            ///< where it was found, else empty
   std::vector<LayerMetrics> layers;  ///< dense layers have no experts listed

@@ -70,7 +70,15 @@ DispatcherOptions dispatcher_options(const InstanceOptions& o) {
 
 ParamRegistry make_registry(const ProcessGroups& groups, const InstanceOptions& o) {
   const ExpertPartition experts(o.model.num_experts, groups.ep->size());
-  return {o.model.num_experts, experts.begin(groups.ep->rank()), experts.count(groups.ep->rank())};
+  return {o.model.num_experts, experts.begin(groups.ep->rank()), experts.count(groups.ep->rank()),
+          o.lora};
+}
+
+bool belongs_to(const ParamRow& row, const ParamGroupConfig& group) {
+  if (group.part != kAnyPart && group.part != kParamParts[static_cast<std::size_t>(part_of(row))]) {
+    return false;
+  }
+  return std::regex_search(row.name, std::regex(group.match));
 }
 
 }  // namespace
@@ -121,7 +129,7 @@ PassContext ModelInstance::pass(const MicroBatch& batch, MicroBatchStats& stats)
 }
 
 Communicator& ModelInstance::group(FlatId flat) {
-  return of_experts(flat) ? *groups_.edp : *groups_.world;
+  return is_by_expert(flat) ? *groups_.edp : *groups_.world;
 }
 
 void ModelInstance::apply_groups() {
@@ -130,9 +138,11 @@ void ModelInstance::apply_groups() {
     // Decay applies to tensors of two or more dimensions.
     const double usual_decay = row.is_matrix() ? options_.weight_decay : 0;
     row.weight_decay = usual_decay;
+    // Adapters stand for what they are added to, which stays as it is.
+    row.trainable = row.adapter || !options_.lora.active();
     for (std::size_t g = 0; g < options_.groups.size(); ++g) {
       const ParamGroupConfig& group = options_.groups[g];
-      if (!std::regex_search(row.name, std::regex(group.match))) continue;
+      if (!belongs_to(row, group)) continue;
       matched[g] = true;
       row.lr_scale = group.lr_scale;
       row.trainable = !group.frozen;
@@ -140,13 +150,17 @@ void ModelInstance::apply_groups() {
     }
   }
   for (std::size_t g = 0; g < matched.size(); ++g) {
+    const ParamGroupConfig& group = options_.groups[g];
     ARCUS_REQUIRE(
         matched[g], ExitCode::usage,
-        "train.group.{}.match = \"{}\" is found in no parameter's name; names are such as "
+        "train.group.{}.match = \"{}\" is found in no parameter's name{}; names are such as "
         "{}, {} and {}",
-        g, options_.groups[g].match, registry_.rows().front().name,
-        registry_.rows()[registry_.rows().size() / 2].name, registry_.rows().back().name);
+        g, group.match, group.part == kAnyPart ? "" : fmt::format(" of part \"{}\"", group.part),
+        registry_.rows().front().name, registry_.rows()[registry_.rows().size() / 2].name,
+        registry_.rows().back().name);
   }
+  ARCUS_REQUIRE(!options_.training || registry_.trained_parameters() > 0, ExitCode::usage,
+                "every parameter is frozen by [[train.group]]; leave at least one to be trained");
 }
 
 RoundMemory ModelInstance::round_memory(bool worst) const {
@@ -182,9 +196,9 @@ void ModelInstance::initialize_parameters() {
   }
 }
 
-void ModelInstance::gather_parameters() {
+void ModelInstance::gather_parameters(bool trained_only) {
   for (const FlatId flat : kFlatIds) {
-    if (registry_.flat_size(flat) == 0) continue;
+    if (registry_.flat_size(flat) == 0 || (trained_only && !registry_.is_trained(flat))) continue;
     stream_->wait(group(flat).all_gather_v(*stream_, {.buffer = params_->flat_values(flat),
                                                       .counts = shards(flat).counts,
                                                       .offsets = shards(flat).offsets}));

@@ -26,6 +26,7 @@ struct InstanceOptions {
   std::uint64_t seed = 1;
   double weight_decay = 0;
   std::vector<ParamGroupConfig> groups;
+  LoraConfig lora;
   DispatchPath dispatch_path = DispatchPath::automatic;
 };
 
@@ -62,7 +63,7 @@ class ModelInstance {
 
   std::int64_t micro_batch_tokens() const { return options_.micro_batch_seqs * options_.seq_len; }
   const FlatShards& shards(FlatId flat) const { return shards_[index_of(flat)]; }
-  /// The group over which a flat is shared out: the world for dense ones, EDP for experts'.
+  /// The group over which a flat is shared out: the world for dense ones, EDP for those by expert.
   Communicator& group(FlatId flat);
   /// Bytes this rank has sent over all its groups.
   std::int64_t sent_bytes() const {
@@ -75,8 +76,9 @@ class ModelInstance {
   }
   /// Writes the seed's initial values to all parameters of this rank.
   void initialize_parameters();
-  /// Every rank's part of a flat to all ranks of its group.
-  void gather_parameters();
+  /// Every rank's part of a flat to all ranks of its group; `trained_only`: of those that a step
+  /// changes.
+  void gather_parameters(bool trained_only);
   /// Builds all matrix-product primitives.
   PrimitiveReport build_primitives();
   /// Parameters, sums and activations; not the optimizer.

@@ -24,8 +24,10 @@ Optimizer::Optimizer(ModelInstance& instance, const TrainConfig& config)
     flat.master = instance.params().dtype(id) == acc
                       ? instance.params().flat_values(id).col_range(flat.begin, flat.count)
                       : allocate("master weights");
-    flat.m = allocate("first moments");
-    flat.v = allocate("second moments");
+    if (instance.registry().is_trained(id)) {
+      flat.m = allocate("first moments");
+      flat.v = allocate("second moments");
+    }
     for (const ParamBlock& block : instance.shards(id).owned(instance.group(id).rank())) {
       flat.blocks.push_back({block.begin - flat.begin, block.count});
     }
@@ -40,14 +42,14 @@ void Optimizer::plan_norm() {
   const ExpertPartition& experts = instance_->dispatcher().experts();
   const int ep = experts.num_ranks();
   const int world = instance_->world().size();
-  // Of every flat of experts, by rank of the EP group.
-  std::array<std::vector<FlatShards>, kFlatIds.size()> expert_shards;
+  const auto expert_shards = [&](FlatId flat, int ep_rank) {
+    return make_shards(registry.blocks(flat, experts.begin(ep_rank), experts.count(ep_rank)),
+                       registry.expert_flat_size(flat, experts.count(ep_rank)), world / ep);
+  };
+  std::array<std::vector<FlatShards>, kFlatIds.size()> by_ep_rank;
   for (const FlatId flat : kFlatIds) {
-    for (int r = 0; of_experts(flat) && r < ep; ++r) {
-      expert_shards[index_of(flat)].push_back(
-          make_shards(registry.blocks(flat, experts.begin(r), experts.count(r)),
-                      registry.expert_flat_size(flat, experts.count(r)), world / ep));
-    }
+    if (!is_by_expert(flat) || !registry.is_trained(flat)) continue;
+    for (int r = 0; r < ep; ++r) by_ep_rank[index_of(flat)].push_back(expert_shards(flat, r));
   }
   std::int64_t position = 0;
   for (int rank = 0; rank < world; ++rank) {
@@ -59,9 +61,12 @@ void Optimizer::plan_norm() {
       }
     };
     for (const FlatId flat : kFlatIds) {
-      add(of_experts(flat)
-              ? expert_shards[index_of(flat)][static_cast<std::size_t>(rank % ep)].owned(rank / ep)
-              : instance_->shards(flat).owned(rank));
+      if (!registry.is_trained(flat)) continue;
+      if (is_by_expert(flat)) {
+        add(by_ep_rank[index_of(flat)][static_cast<std::size_t>(rank % ep)].owned(rank / ep));
+      } else {
+        add(instance_->shards(flat).owned(rank));
+      }
     }
     norm_counts_.push_back(position - norm_offsets_.back());
   }
@@ -80,7 +85,7 @@ void Optimizer::reduce_gradients() {
   std::int64_t position = norm_offsets_[static_cast<std::size_t>(instance_->world().rank())];
   for (Flat& flat : flats_) {
     const auto blocks = static_cast<std::int64_t>(flat.blocks.size());
-    if (instance_->registry().flat_size(flat.id) == 0) continue;
+    if (!instance_->registry().is_trained(flat.id)) continue;
     const TensorView sums = instance_->params().flat_sums(flat.id);
     const FlatShards& shards = instance_->shards(flat.id);
     stream.wait(instance_->group(flat.id).reduce_scatter_v(
@@ -159,7 +164,7 @@ void Optimizer::apply(double lr, double clip_factor, std::int64_t update) {
   }
   const Span span(instance_->stream(), "reduction");
   instance_->world().meet(instance_->stream());
-  instance_->gather_parameters();
+  instance_->gather_parameters(/*trained_only=*/true);
 }
 
 void Optimizer::adopt_parameters() {
@@ -183,7 +188,7 @@ void Optimizer::publish_parameters() {
       cast(instance_->stream(), {.y = part, .x = flat.master});
     }
   }
-  instance_->gather_parameters();
+  instance_->gather_parameters(/*trained_only=*/false);
 }
 
 void Optimizer::append_state(const std::string& prefix, TensorView Flat::*member,

@@ -34,7 +34,7 @@ class Optimizer {
   struct Flat {
     FlatId id;
     std::int64_t begin = 0, count = 0;  ///< elements owned by this rank
-    TensorView master, m, v;            ///< [1, count]
+    TensorView master, m, v;            ///< [1, count]; no m, v where nothing is trained
     std::vector<ElementRange> blocks;   ///< owned ones, from `begin` on
     std::vector<std::unique_ptr<Arena>> memory;
   };

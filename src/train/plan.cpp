@@ -65,6 +65,24 @@ void add_segments(const TrainerOptions& options, TrainPlan& plan) {
   }
 }
 
+/// What the products of adapters add to the model's own, less the weight gradients that frozen
+/// weights do without; per token.
+double flops_beside(const ParamRegistry& registry, bool tied) {
+  double flops = 0;
+  for (const ParamRow& row : registry.rows()) {
+    const bool lookup = row.name == "model.embed_tokens.weight" && !tied;
+    const bool matrix = row.shape.size() >= (row.kind == ParamKind::expert ? 3U : 2U);
+    if (!matrix || lookup) continue;
+    const auto elements = static_cast<double>(row.active_units * row.unit_elements());
+    if (row.adapter) {
+      flops += (row.trainable ? 6 : 4) * elements;
+    } else if (!row.trainable) {
+      flops -= 2 * elements;
+    }
+  }
+  return flops;
+}
+
 std::string segments_text(const TrainPlan& plan) {
   if (plan.segments.empty()) return "segments     none, all layers are dense\n";
   std::string text;
@@ -146,6 +164,7 @@ TrainPlan make_plan(const TrainerOptions& options, int num_ranks, int ranks_per_
 
   plan.total_parameters = instance.registry().total_parameters();
   plan.active_parameters = instance.registry().active_parameters();
+  plan.trained_parameters = instance.registry().trained_parameters();
   const ExpertPartition experts(options.model.num_experts, plan.ep_size);
   for (int r = 0; r < plan.ep_size; ++r) plan.experts_per_rank.push_back(experts.count(r));
   plan.tokens_per_step = options.train.global_batch_seqs * options.train.seq_len;
@@ -154,7 +173,8 @@ TrainPlan make_plan(const TrainerOptions& options, int num_ranks, int ranks_per_
   plan.micro_batch_tokens = instance.micro_batch_tokens();
   add_segments(options, plan);
   plan.training_flops_per_token =
-      instance.transformer().training_flops_per_token(options.train.seq_len);
+      instance.transformer().training_flops_per_token(options.train.seq_len) +
+      flops_beside(instance.registry(), options.model.tie_embeddings);
   plan.bytes = instance.byte_rows();
   if (plan.ep_size > 1 && options.dispatch_path != DispatchPath::flat) {
     // Whether a node's ranks can share memory shows when they meet: the larger of the two ways.
@@ -177,10 +197,13 @@ std::string to_text(const TrainPlan& plan) {
   const auto [least, most] =
       std::minmax_element(plan.experts_per_rank.begin(), plan.experts_per_rank.end());
   std::string text = fmt::format(
-      "parameters   {} total, {} active per token, {:.1f} MFLOP per token and step\n"
+      "parameters   {} total, {} active per token, {}{:.1f} MFLOP per token and step\n"
       "ranks        {} = EP {} x EDP {}, {} experts per rank, {} thread{} each\n"
       "step         {} tokens in {} micro-batches of {}, {} round{}\n",
       grouped_digits(plan.total_parameters), grouped_digits(plan.active_parameters),
+      plan.trained_parameters == plan.total_parameters
+          ? ""
+          : grouped_digits(plan.trained_parameters) + " trained, ",
       plan.training_flops_per_token / 1e6, plan.num_ranks, plan.ep_size,
       plan.num_ranks / plan.ep_size,
       *least == *most ? std::to_string(*most) : fmt::format("{} or {}", *least, *most),

@@ -23,7 +23,7 @@ struct TrainPlan {
   int num_ranks = 1;
   int ep_size = 1;
   int threads_per_rank = 1;
-  std::int64_t total_parameters = 0, active_parameters = 0;
+  std::int64_t total_parameters = 0, active_parameters = 0, trained_parameters = 0;
   std::vector<std::int64_t> experts_per_rank;  ///< of the EP group's ranks
   std::int64_t tokens_per_step = 0;
   std::int64_t micro_batches = 0, rounds = 0;

@@ -24,6 +24,7 @@ InstanceOptions instance_options(const TrainerOptions& o) {
           .seed = o.seed,
           .weight_decay = o.train.weight_decay,
           .groups = o.groups,
+          .lora = o.lora,
           .dispatch_path = o.dispatch_path};
 }
 
@@ -95,11 +96,9 @@ void Trainer::run_round(const BatchSampler& sampler, std::int64_t round) {
   MicroBatch batch = buffers_.idle();
   if (number >= 0) {
     const Span span(instance_->stream(), "data");
-    batch =
-        buffers_.fill(sampler, number, train.micro_batch_seqs,
-                      (counters_[kStepsDone] + counters_[kSamplesAhead]) * train.global_batch_seqs +
-                          number * train.micro_batch_seqs);
-    batch.loss_scale = 1.0 / static_cast<double>(train.global_batch_seqs * train.seq_len);
+    batch = buffers_.fill(sampler, number, train.micro_batch_seqs,
+                          first_sample() + number * train.micro_batch_seqs);
+    batch.loss_scale = 1.0 / static_cast<double>(metrics_.targets);
     batch.weight = 1.0 / static_cast<double>(schedule_.num_micro_batches);
   }
   PassContext ctx = instance_->pass(batch, stats_);
@@ -153,7 +152,7 @@ void Trainer::gather_scalars() {
       metrics_.layers[l].stream_gate += record[1 + 4 * layers + l];
     }
   }
-  metrics_.ce = token_loss / static_cast<double>(metrics_.tokens);
+  metrics_.ce = token_loss / static_cast<double>(metrics_.targets);
   metrics_.loss = metrics_.ce + metrics_.aux_loss + metrics_.z_loss;
 }
 
@@ -259,6 +258,24 @@ void Trainer::average_loss() {
   loss_average_ += counters_[kUpdates] == 1 ? difference : kWeight * difference;
 }
 
+/// Of the step to come.
+std::int64_t Trainer::first_sample() const {
+  return (counters_[kStepsDone] + counters_[kSamplesAhead]) * options_.train.global_batch_seqs;
+}
+
+/// Targets of the step to come, known to every rank from the data.
+std::int64_t Trainer::count_targets(const BatchSampler& sampler) const {
+  const std::int64_t targets =
+      sampler.num_targets(first_sample(), options_.train.global_batch_seqs);
+  ARCUS_REQUIRE(
+      targets > 0, ExitCode::data,
+      "step {} has nothing to learn: all of its {} tokens are prompts; raise "
+      "train.global_batch_seqs ({}) or train.seq_len ({}), so that every step has answers",
+      counters_[kStepsDone] + 1, metrics_.tokens, options_.train.global_batch_seqs,
+      options_.train.seq_len);
+  return targets;
+}
+
 /// Clears the last step's numbers, keeping their memory.
 void Trainer::start_metrics() {
   std::vector<LayerMetrics> layers = std::move(metrics_.layers);
@@ -280,6 +297,7 @@ const StepMetrics& Trainer::step(const BatchSampler& sampler, StepRequests& requ
   const std::int64_t sent_before = instance_->sent_bytes();
   const double comm_before = instance_->comm_seconds();
   start_metrics();
+  metrics_.targets = count_targets(sampler);
   instance_->params().start_sums(instance_->stream());
   std::fill(counts_.begin(), counts_.end(), 0);
   for (std::int64_t round = 0; round < schedule_.rounds(); ++round) run_round(sampler, round);

@@ -21,6 +21,7 @@ struct TrainerOptions {
   std::vector<RoutingOverride> overrides;
   TrainConfig train;
   std::vector<ParamGroupConfig> groups;
+  LoraConfig lora;
   std::uint64_t seed = 1;
   bool reproducible = true;
   DispatchPath dispatch_path = DispatchPath::automatic;
@@ -93,6 +94,8 @@ class Trainer {
   };
 
   void run_round(const BatchSampler& sampler, std::int64_t round);
+  std::int64_t first_sample() const;
+  std::int64_t count_targets(const BatchSampler& sampler) const;
   void start_metrics();
   void gather_scalars();
   void reduce_counts(std::int64_t sent_before, double comm_before);

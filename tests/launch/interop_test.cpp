@@ -72,6 +72,51 @@ TEST_F(Interop, ARunGoesOutAndComesBackWithTheSameBits) {
   }
 }
 
+constexpr const char* kAdapters =
+    " --set train.lora.rank=4 --set train.lora.alpha=8 --set train.lora.match=_proj --set "
+    "train.lr=1e-2 ";
+
+TEST_F(Interop, AdaptersGoOutMerged) {
+  train_once("lora", std::string(kGlm) + " --set model.qkv_bias=true" + kAdapters);
+  ASSERT_EQ(arcus(0, "merge " + path("lora") + " --out " + path("merged")).code, 0);
+  const std::string expected = logits("merged");
+  EXPECT_NE(logits("lora"), expected) << "adapters that add nothing show nothing";
+  for (const char* to : {"hf", "gguf"}) {
+    const std::string out = std::string("lora.") + to;
+    const ShellResult exported =
+        arcus(to == std::string("hf") ? 2 : 0,
+              "export --checkpoint " + path("lora") + " --to " + to + " --out " + path(out));
+    ASSERT_EQ(exported.code, 0) << exported.out;
+    EXPECT_TRUE(contains(exported.out, "logits bit-equal, adapters merged: logits within "))
+        << exported.out;
+    const auto report = nlohmann::json::parse(read_file(run_dir(out + ".report.json")));
+    EXPECT_TRUE(report["logits_bit_equal"]);
+    const double difference = report["merging_adapters"]["max_abs_logit_difference"];
+    EXPECT_GT(difference, 0);
+    EXPECT_LE(difference, 1e-4);
+    const std::string back = std::string("lora_from_") + to;
+    const ShellResult imported = arcus(0, "import --from " + path(out) + " --out " + path(back));
+    EXPECT_EQ(imported.code, 0) << imported.out;
+    EXPECT_EQ(logits(back), expected);
+  }
+  EXPECT_TRUE(contains(read_file(run_dir("lora.hf") / "README.md"),
+                       "the adapters of rank 4 are merged into their weights"));
+}
+
+TEST_F(Interop, AdaptersAreMergedBeforeUpcycling) {
+  train_once("dense_lora",
+             std::string("--set model.first_k_dense=2 --set model.dense_ff_size=48") + kAdapters);
+  ASSERT_EQ(arcus(0, "merge " + path("dense_lora") + " --out " + path("dense_merged")).code, 0);
+  const std::string how = " --experts 4 --topk 2 --out ";
+  const ShellResult result = arcus(0, "upcycle --from " + path("dense_lora") + how + path("up1"));
+  ASSERT_EQ(result.code, 0) << result.out;
+  const auto at = result.out.find("logits differ by up to ");
+  ASSERT_NE(at, std::string::npos) << result.out;
+  EXPECT_LE(std::stod(result.out.substr(at + 23)), 1e-4) << result.out;
+  ASSERT_EQ(arcus(0, "upcycle --from " + path("dense_merged") + how + path("up2")).code, 0);
+  EXPECT_EQ(logits("up1"), logits("up2"));
+}
+
 TEST_F(Interop, SixteenBitExportsStayCloseAndSayHowClose) {
   train_once("head", "--set model.qk_norm=head");
   for (const char* dtype : {"bf16", "f16"}) {

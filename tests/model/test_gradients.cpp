@@ -70,8 +70,9 @@ class GradientCheck {
       const auto sums = instance_.params().flat_sums(flat).span<double>();
       analytic[index_of(flat)].assign(sums.begin(), sums.end());
     }
-    for (const ParamRow& row : instance_.registry().rows())
-      check(row, analytic[index_of(row.flat)]);
+    for (const ParamRow& row : instance_.registry().rows()) {
+      if (row.trainable) check(row, analytic[index_of(row.flat)]);
+    }
   }
   std::int64_t checked() const { return checked_; }
   std::int64_t skipped() const { return skipped_; }
@@ -85,7 +86,8 @@ class GradientCheck {
     for (const ParamRow& row : instance_.registry().rows()) {
       const TensorView flat = instance_.params().flat_values(row.flat);
       const bool gate = row.name.find("mlp.gate.") != std::string::npos;
-      const double scale = !row.is_matrix() ? 0.3 : gate ? 40 : 12;
+      const bool large = row.adapter && row.init == ParamInit::normal;  // lora_A, as it starts
+      const double scale = large ? 1 : !row.is_matrix() ? 0.3 : gate ? 40 : 12;
       for (std::int64_t unit = 0; unit < row.num_units(); ++unit) {
         double* values = flat.as<double>() + row.offset + unit * row.expert_stride;
         for (std::int64_t i = 0; i < row.unit_elements(); ++i) {
@@ -295,6 +297,45 @@ const Variant kVariants[] = {
      [](SmallModel& s) {
        like_gpt2(s);
        s.routing.stream = "threshold";
+     }},
+    {"attention_adapters", [](SmallModel& s) { s.lora = {.rank = 3}; }},
+    {"expert_adapters",
+     [](SmallModel& s) {
+       s.lora = {.rank = 2, .alpha = 5, .match = "experts"};
+       s.routing.capacity_factor = 0.75;
+     }},
+    {"some_adapters_beside_gates",
+     [](SmallModel& s) {
+       s.lora = {.rank = 1, .alpha = 3, .match = "layers.1.*(v|up|down)_proj"};
+       s.groups = {{.part = "router"}};
+     }},
+    {"adapters_everywhere_beside_weights",
+     [](SmallModel& s) {
+       s.model.num_layers = 3;
+       s.model.first_k_dense = 1;
+       s.model.dense_ff_size = 10;
+       s.model.num_shared_experts = 1;
+       s.model.qkv_bias = true;
+       s.lora = {.rank = 4, .alpha = 2, .match = "_proj"};
+       s.groups = {{.match = "."}};
+       s.recompute = true;
+     }},
+    {"gpt2_adapters_beside_biases",
+     [](SmallModel& s) {
+       like_gpt2(s);
+       s.model.num_layers = 3;
+       s.model.first_k_dense = 1;
+       s.model.dense_ff_size = 10;
+       s.model.num_shared_experts = 1;
+       s.lora = {.rank = 3, .alpha = 2, .match = "_proj"};
+       s.groups = {{.match = "."}};
+       s.routing.capacity_factor = 0.75;
+     }},
+    {"swiglu_adapters_beside_biases",
+     [](SmallModel& s) {
+       s.model.mlp_bias = s.model.o_bias = s.model.qkv_bias = true;
+       s.lora = {.rank = 2, .match = "_proj"};
+       s.groups = {{.match = "bias"}};
      }},
     {"everything",
      [](SmallModel& s) {

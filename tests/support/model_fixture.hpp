@@ -20,6 +20,8 @@ struct SmallModel {
   std::int64_t seq_len = 6;
   std::int64_t num_micro_batches = 2;
   bool recompute = false;
+  LoraConfig lora;
+  std::vector<ParamGroupConfig> groups;
 
   SmallModel() {
     model.vocab_size = 11;
@@ -40,7 +42,9 @@ struct SmallModel {
             .recompute = recompute,
             .micro_batch_seqs = micro_batch_seqs,
             .seq_len = seq_len,
-            .num_micro_batches = num_micro_batches};
+            .num_micro_batches = num_micro_batches,
+            .groups = groups,
+            .lora = lora};
   }
 };
 

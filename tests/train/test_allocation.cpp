@@ -153,6 +153,23 @@ TEST(Allocation, NorWithBlocksLikeGpt2s) {
   }
 }
 
+TEST(Allocation, NorWithAdapters) {
+  const TemporaryFolder folder("arcus_allocation");
+  const TokenDataset dataset = small_dataset(folder.path());
+  for (const char* dtype : compute_dtypes()) {
+    TrainerOptions options = small_training();
+    options.train.dtype = dtype;
+    options.model.num_shared_experts = 1;
+    options.model.first_k_dense = 1;
+    options.lora = {.rank = 6, .match = "_proj"};
+    count_in_steps(dataset, options);
+    expect_nothing_allocated(dtype);
+    use_gpt2_blocks(options.model, options.train.seq_len);
+    count_in_steps(dataset, options);
+    expect_nothing_allocated(fmt::format("{}, blocks like GPT-2's", dtype));
+  }
+}
+
 TEST(Allocation, NorWithAnyRouting) {
   const TemporaryFolder folder("arcus_allocation");
   const TokenDataset dataset = small_dataset(folder.path());

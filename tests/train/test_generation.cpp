@@ -96,12 +96,19 @@ class Decoding : public ::testing::TestWithParam<RoutingCase> {};
 INSTANTIATE_TEST_SUITE_P(Routings, Decoding, ::testing::ValuesIn(routing_cases()),
                          [](const auto& param) { return param.param.name; });
 
-/// Gains and biases away from ones and zeros, where they would hide.
-void spread_vectors(ModelInstance& instance) {
-  for (const FlatId flat : {FlatId::dense_accumulate, FlatId::expert_accumulate}) {
-    const auto values = instance.params().flat_values(flat).span<float>();
-    for (std::size_t i = 0; i < values.size(); ++i) {
-      values[i] += 0.3F * Rng(9, "spread", "").normal(static_cast<std::uint64_t>(i));
+/// Gains and biases away from ones and zeros, where they would hide, as adapters would.
+void spread(ModelInstance& instance) {
+  for (const FlatId flat : {FlatId::dense_accumulate, FlatId::expert_accumulate,
+                            FlatId::dense_adapter, FlatId::expert_adapter}) {
+    const bool adapter = flat == FlatId::dense_adapter || flat == FlatId::expert_adapter;
+    const TensorView values = instance.params().flat_values(flat);
+    for (std::int64_t i = 0; i < values.size(); ++i) {
+      const float noise = Rng(9, "spread", "").normal(static_cast<std::uint64_t>(i));
+      const auto add = [&](auto& value) {
+        value = static_cast<std::remove_reference_t<decltype(value)>>(
+            adapter ? 0.1F * noise : static_cast<float>(value) + 0.3F * noise);
+      };
+      values.dtype == DType::bf16 ? add(values.as<bf16>()[i]) : add(values.as<float>()[i]);
     }
   }
 }
@@ -112,12 +119,12 @@ void expect_cache_agrees(const InstanceOptions& decoding, double tolerance) {
   Stream stream(1);
   ModelInstance decoder(make_process_groups(*self, 1), stream, decoding);
   decoder.initialize_parameters();
-  spread_vectors(decoder);
+  spread(decoder);
   InstanceOptions full = decoding;
   full.seq_len = 12;
   ModelInstance whole(make_process_groups(*self, 1), stream, full);
   whole.initialize_parameters();
-  spread_vectors(whole);
+  spread(whole);
 
   std::vector<std::int32_t> ids, targets;
   for (std::int32_t i = 0; i < 12; ++i) {
@@ -168,6 +175,13 @@ TEST_P(Decoding, KvCacheAgreesWithAFullForwardPass) {
   expect_cache_agrees(decoding, 1e-5);
 }
 
+TEST(Generation, KvCacheAgreesWithAFullForwardPassThroughAdapters) {
+  InstanceOptions decoding = decoding_options(1);
+  decoding.model.first_k_dense = 1;
+  decoding.lora = {.rank = 5, .alpha = 7, .match = "_proj"};
+  expect_cache_agrees(decoding, 1e-5);
+}
+
 TEST(Generation, BlocksLikeGpt2sAgreeWithAFullForwardPass) {
   for (const char* activation : {"gelu_new", "gelu", "swiglu"}) {
     InstanceOptions decoding = decoding_options(1);
@@ -179,6 +193,13 @@ TEST(Generation, BlocksLikeGpt2sAgreeWithAFullForwardPass) {
     decoding.compute = DType::bf16;
     if (cpu::bf16_is_native()) expect_cache_agrees(decoding, 2e-2);
   }
+  InstanceOptions adapted = decoding_options(1);
+  use_gpt2_blocks(adapted.model, 12);
+  adapted.model.first_k_dense = 1;
+  adapted.lora = {.rank = 5, .alpha = 7, .match = "_proj"};
+  expect_cache_agrees(adapted, 1e-5);
+  adapted.compute = DType::bf16;
+  if (cpu::bf16_is_native()) expect_cache_agrees(adapted, 2e-2);
   InstanceOptions without = decoding_options(1);
   without.model.position = "none";
   expect_cache_agrees(without, 1e-5);

@@ -46,6 +46,23 @@ const Variant kVariants[] = {
        o.model.first_k_dense = 1;
        o.routing.capacity_factor = 1.0;
      }},
+    {"adapters",
+     [](TrainerOptions& o) {
+       o.model.num_shared_experts = 1;
+       o.model.first_k_dense = 1;
+       o.routing.capacity_factor = 1.25;
+       o.lora = {.rank = 6, .alpha = 9, .match = "_proj"};
+       o.groups = {{.part = "router", .lr_scale = 0.5}};
+     }},
+    {"gpt2_adapters",
+     [](TrainerOptions& o) {
+       use_gpt2_blocks(o.model, o.train.seq_len);
+       o.model.num_shared_experts = 1;
+       o.model.first_k_dense = 1;
+       o.routing.capacity_factor = 1.0;
+       o.lora = {.rank = 5, .alpha = 9, .match = "_proj"};
+       o.groups = {{.match = "bias", .lr_scale = 0.5}};
+     }},
 };
 
 /// ARCUS_LAYOUT=all: 50 steps of every routing and type too (some minutes).

@@ -39,6 +39,19 @@ TEST(LayoutMpi, BlocksLikeGpt2sHaveTheBitsOfOneRank) {
   use_gpt2_blocks(options.model, options.train.seq_len);
   options.model.first_k_dense = 1;
   expect_bits_of_one_rank(options, 10);
+  options.lora = {.rank = 3, .match = "_proj"};
+  options.groups = {{.match = "experts.*bias"}};
+  expect_bits_of_one_rank(options, 5);
+}
+
+TEST(LayoutMpi, AdaptersHaveTheBitsOfOneRank) {
+  TrainerOptions options = small_training();
+  options.lora = {.rank = 4, .match = "_proj"};
+  expect_bits_of_one_rank(options, 20);
+  // Those of experts alone, so that whole flats are frozen; some ranks hold nothing of them.
+  options.lora.match = "experts.(up|down)";
+  options.train.recompute = true;
+  expect_bits_of_one_rank(options, 5);
 }
 
 /// Every row of the routing tables.
