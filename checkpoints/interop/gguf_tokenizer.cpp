@@ -122,6 +122,7 @@ void set_added(const std::vector<AddedToken>& added, GgufVocabulary& v) {
     if (v.model == "llama" && !v.tokens[id].empty()) continue;  // a piece
     v.tokens[id] = token.content;
     v.types[id] = token.special ? Type::control : Type::user_defined;
+    if (token.content == pad_name(token.id)) v.types[id] = Type::unused;
     if (v.model == "llama") v.scores[id] = -1000;
   }
 }
@@ -246,6 +247,7 @@ GgufVocabulary byte_fallback_vocabulary(const JsonTokenizer& tokenizer,
       v.types[static_cast<std::size_t>(token.id)] =
           token.special ? Type::control : Type::user_defined;
     }
+    if (const auto unk = id_of(v.tokens, spelling.unk)) v.types[*unk] = Type::unknown;
   }
   v.add_space_prefix = tokenizer.puts_blank_in_front();
   ARCUS_REQUIRE(tokenizer.is_plain_sentencepiece(), ExitCode::data,

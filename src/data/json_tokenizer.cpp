@@ -510,6 +510,7 @@ JsonTokenizer::Spelling JsonTokenizer::spelling() const {
   Spelling spelling{.tokens = std::vector<std::string>(texts_.size()),
                     .added = added_,
                     .merges = model.merges,
+                    .unk = json_text_or_none(kFile, model.part("model"), "unk_token"),
                     .byte_level = byte_level_,
                     .ignore_merges = model.ignore_merges,
                     .normalizer = &normalizer_,

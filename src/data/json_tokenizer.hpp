@@ -43,6 +43,7 @@ class JsonTokenizer final : public Tokenizer {
     std::vector<std::string> tokens;  ///< by id; "" where there is none
     std::vector<AddedToken> added;
     std::vector<std::pair<std::string, std::string>> merges;
+    std::string unk;  ///< the token for what has none
     bool byte_level = false;
     bool ignore_merges = false;
     const Normalizer* normalizer = nullptr;

@@ -145,7 +145,7 @@ class DomainWriter {
     for (const TextPart& part : parts) bytes += static_cast<std::int64_t>(part.text.size());
     for (std::size_t i = 0; i < parts.size(); ++i) {
       const std::string& text = rendered_.emplace_back(std::move(parts[i].text));
-      parts_.push_back({nullptr, text, document.fate == Fate::valid ? &valid_ : &train_,
+      parts_.push_back({nullptr, text, i == 0, document.fate == Fate::valid ? &valid_ : &train_,
                         i + 1 == parts.size() ? bytes : -1, parts[i].learned});
       batch_bytes_ += text.size();
     }
