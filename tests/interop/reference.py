@@ -293,6 +293,7 @@ class Family:
     gating: str = "softmax"
     renorm: bool | str = "norm_topk_prob"
     grouped: bool = False  # groups, correction bias, scale and leading dense layers
+    groups_given: bool = False  # else 1 where the configuration says nothing
     shared: str | None = None  # key of the number of shared experts, or of their width
     shared_gate: bool = False
     qk_norm: str = "none"
@@ -322,8 +323,9 @@ FAMILIES = {
                        qkv_bias="attention_bias", partial_rotary=0.5,
                        expect={"num_nextn_predict_layers": (0, 1)}),
     "dots1": Family("n_routed_experts", gating="sigmoid", grouped=True, shared="n_shared_experts",
-                    qk_norm="head", qkv_bias="attention_bias", o_bias=True),
-    "bailing_moe_v2": Family("num_experts", gating="sigmoid", grouped=True,
+                    qk_norm="head", qkv_bias="attention_bias", o_bias=True,
+                    expect={"scoring_func": ("sigmoid", "noaux_tc")}),
+    "bailing_moe_v2": Family("num_experts", gating="sigmoid", grouped=True, groups_given=True,
                              shared="num_shared_experts", qk_norm="head",
                              qk_norm_key="use_qk_norm", qkv_bias="use_qkv_bias",
                              renorm=True, partial_rotary=None,
@@ -462,7 +464,9 @@ def read_hf_spec(keys, family, where):
         spec.gating, spec.renorm = family.gating, switch(keys, family.renorm)
     if family.grouped:
         spec.scale = keys.take("routed_scaling_factor", float)
-        spec.groups, spec.groups_used = keys.take("n_group", int), keys.take("topk_group", int)
+        one = {} if family.groups_given else {"default": 1}
+        spec.groups, spec.groups_used = (keys.take(key, int, **one)
+                                         for key in ("n_group", "topk_group"))
         spec.first_dense = keys.take("first_k_dense_replace", int)
     return spec
 

@@ -423,6 +423,9 @@ HF_IMPORTS = {
                           dict(dtype="BF16", shards=4)),
     "glm4_moe_fused": ("glm4_moe", dict(fused=True, first_dense=0), {}),
     "dots1_bf16": ("dots1", dict(groups=1, groups_used=1), dict(dtype="BF16", shards=2)),
+    "dots1_as_published": ("dots1", dict(groups=1, groups_used=1, config={
+        "n_group": None, "topk_group": writers.ABSENT, "head_dim": writers.ABSENT,
+        "scoring_func": "noaux_tc"}), {}),
     "bailing_fused_bias": ("bailing_moe_v2", dict(fused=True, bias=True), dict(dtype="F16")),
     "llama_tied": ("llama", dict(tied=True), dict(dtype="BF16")),
     "llama_llama3_rope": ("llama", dict(rope_scaling=LLAMA3, head_dim=32), {}),

@@ -141,7 +141,11 @@ def hf_config(kind, s):
         return config | {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS, "n_inner": None,
                          "n_positions": POSITIONS, "activation_function": "gelu_new",
                          "layer_norm_epsilon": 1e-5, "attn_pdrop": 0.1, "embd_pdrop": 0.1,
-                         "resid_pdrop": 0.1, "scale_attn_weights": True}
+                         "resid_pdrop": 0.1, "scale_attn_weights": True, "n_ctx": POSITIONS,
+                         "summary_activation": None, "summary_first_dropout": 0.1,
+                         "summary_proj_to_labels": True, "summary_type": "cls_index",
+                         "summary_use_proj": True,
+                         "task_specific_params": {"text-generation": {"max_length": 50}}}
     config |= {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
                "num_key_value_heads": s["kv_heads"], "max_position_embeddings": POSITIONS,
                "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": s["tied"],
