@@ -201,12 +201,12 @@ void TrainRun::check_start() {
                 "--resume {} goes on with a run, --init {} starts one; give one of them", resume,
                 start_.init.path);
   if (!session_.is_root()) return;
+  // A run that goes on from its own checkpoints needs it no more; it may be gone.
+  if (resume == "auto" && find_latest(dir_)) return;
   const fs::path source = fs::weakly_canonical(locate_checkpoint(start_.init.path));
   ARCUS_REQUIRE(source.parent_path() != fs::weakly_canonical(dir_ / "checkpoints"), ExitCode::usage,
                 "--init {} is a checkpoint of {} itself; set run.dir to another folder",
                 start_.init.path, dir_.string());
-  // A run that goes on from its own checkpoints needs it no more.
-  if (resume == "auto" && find_latest(dir_)) return;
   const CheckpointInfo info = open_checkpoint(source).info;
   if (info.extra.contains(extra_key::kTokenizer)) {
     check_tokenizer(info);
