@@ -25,7 +25,7 @@ class NewRun {
   /// The numbers of one tensor, as bytes.
   using Maker = std::function<std::vector<char>(const TensorSpec& spec)>;
   /// Every rank makes and holds some of the tensors, whole ones, in turn to the rank with the
-  /// fewest bytes so far; together they save them. Zeros are needed of none that is empty.
+  /// fewest bytes so far; together they save them.
   SaveReport save(const CheckpointInfo& info, std::span<const TensorSpec> tensors,
                   const Maker& make);
 
