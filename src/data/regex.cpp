@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <cctype>
+#include <cstdint>
 
 #include "src/base/error.hpp"
 #include "src/data/checked_json.hpp"
@@ -15,8 +16,9 @@ namespace arcus {
 namespace {
 
 constexpr std::size_t kLongestPattern = 1 << 16;
-/// Steps of one match; real patterns need a few per character.
-constexpr std::uint32_t kMostSteps = 5'000'000;
+/// Steps of one match, and more for each byte of a text; real patterns need a few per character.
+constexpr std::size_t kMostSteps = 1'000'000;
+constexpr std::size_t kMostStepsPerByte = 16;
 constexpr std::uint32_t kMostHeapKib = 64 << 10;
 constexpr std::size_t kJitStack = std::size_t{1} << 20;
 
@@ -264,7 +266,6 @@ struct MatchSpace {
   JitStack stack{pcre2_jit_stack_create(32 << 10, kJitStack, nullptr)};
 
   MatchSpace() {
-    pcre2_set_match_limit(context.get(), kMostSteps);
     pcre2_set_heap_limit(context.get(), kMostHeapKib);
     pcre2_jit_stack_assign(context.get(), nullptr, stack.get());
   }
@@ -321,6 +322,9 @@ void Regex::for_each_match(std::string_view text,
                            const std::function<void(std::size_t, std::size_t)>& found) const {
   thread_local MatchSpace space;
   const auto* code = static_cast<const pcre2_code*>(code_.get());
+  const std::size_t steps = kMostSteps + kMostStepsPerByte * text.size();
+  pcre2_set_match_limit(space.context.get(),
+                        static_cast<std::uint32_t>(std::min<std::size_t>(steps, UINT32_MAX)));
   const auto match = [&](std::size_t from, std::uint32_t options) {
     return pcre2_match(code, units(text), text.size(), from, PCRE2_NO_UTF_CHECK | options,
                        space.data.get(), space.context.get());
