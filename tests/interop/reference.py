@@ -254,6 +254,10 @@ class Tensors:
         require(tuple(stored) == shape, f"{self._where}: {name} is {list(stored)}, not {list(shape)}")
         return np.asarray(load(), np.float64).reshape(shape)
 
+    def shape(self, name):
+        require(name in self._left, f"{self._where}: tensor {name} is missing")
+        return list(self._left[name][0])
+
     def drop(self, condition):
         self._left = {name: value for name, value in self._left.items() if not condition(name)}
 
@@ -386,7 +390,7 @@ def hf_tensors(folder):
     return Tensors(loaders, folder)
 
 
-def hf_attention(spec, family, has, take, prefix):
+def hf_attention(spec, has, take, prefix):
     """Attention of a layer under names of the Llama kind. has: which biases there are."""
     q_rows, kv_rows = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     out = {}
@@ -483,14 +487,14 @@ def refuse_windows(keys, family, where):
         keys.expect("sliding_window")
 
 
-def read_hf_layer(spec, family, widths, has, tensors, n, where):
+def read_hf_layer(spec, family, widths, has, tensors, n):
     bailing = has["bailing"]
     prefix = f"model.layers.{n}."
     take = tensors.take
     out = {"attn_norm": take(prefix + "input_layernorm.weight", spec.hidden),
            "mlp_norm": take(prefix + "post_attention_layernorm.weight", spec.hidden)}
     out |= (bailing_attention(spec, has, take, prefix + "attention.") if bailing
-            else hf_attention(spec, family, has, take, prefix + "self_attn."))
+            else hf_attention(spec, has, take, prefix + "self_attn."))
     if n < spec.first_dense or not spec.experts:
         parts = gated_parts(take, prefix + "mlp.", ("gate_proj", "up_proj", "down_proj"),
                             widths["dense"], spec.hidden)
@@ -549,7 +553,7 @@ def read_hf(folder):
            "final_norm": tensors.take("model.norm.weight", spec.hidden)}
     out["head"] = out["embed"] if tied else tensors.take("lm_head.weight", spec.vocab, spec.hidden)
     for n in range(spec.layers):
-        layer = read_hf_layer(spec, family, widths, has, tensors, n, where)
+        layer = read_hf_layer(spec, family, widths, has, tensors, n)
         out |= {f"{n}.{role}": value for role, value in layer.items()}
     tensors.finish()
     return Model(spec, out)
@@ -573,8 +577,7 @@ def read_hf_gpt2(keys, tensors):
         copy = tensors.take("lm_head.weight", spec.vocab, hidden)
     else:
         copy = None
-    positions = next(shape[0] for name, (shape, _) in tensors._left.items()
-                     if name == root + "wpe.weight")
+    positions = tensors.shape(root + "wpe.weight")[0]
     out = {"embed": tensors.take(root + "wte.weight", spec.vocab, hidden),
            "positions": tensors.take(root + "wpe.weight", positions, hidden)}
     out["head"] = out["embed"]
@@ -688,8 +691,8 @@ def read_gguf_spec(keys, arch, prefix, vocab, frequency_factors, where):
     if frequency_factors is not None:
         spec.inv_freq = spec.inv_freq / frequency_factors(len(spec.inv_freq))
     spec.interleaved, spec.qk_norm = arch.interleaved, arch.qk_norm
-    spec.experts = key("expert_count", int) if arch.experts and prefix != "llama" \
-        else key("expert_count", int, 0)
+    may_be_dense = prefix == "llama" or not arch.experts
+    spec.experts = key("expert_count", int, *([0] if may_be_dense else []))
     if not spec.experts:
         return spec
     spec.topk = key("expert_used_count", int)
@@ -766,7 +769,9 @@ def read_gguf(path):
     vocab = loaders["token_embd.weight"][0][0]
     factors = None
     if tensors.has("rope_freqs.weight"):
-        factors = lambda half: tensors.take("rope_freqs.weight", half)
+        def factors(half):
+            return tensors.take("rope_freqs.weight", half)
+
     spec = read_gguf_spec(keys, arch, prefix, vocab, factors, where)
 
     def key(name, default=_NO_DEFAULT):
