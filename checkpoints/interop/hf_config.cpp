@@ -102,6 +102,9 @@ bool changes_nothing(const std::string& key) {
                                              "auto_map",
                                              "attention_dropout",
                                              "attn_pdrop",
+                                             "aux_loss_alpha",
+                                             "output_past",
+                                             "seq_aux",
                                              "bos_token_id",
                                              "chunk_size_feed_forward",
                                              "dtype",
@@ -199,24 +202,33 @@ void read_attention(Keys& keys, const Family& f, DescribedModel& d) {
   d.model.context_length = keys.integer("max_position_embeddings", 0);
   keys.refuse_unless(keys.text("hidden_act", "silu") == "silu", "hidden_act",
                      "only \"silu\" (SwiGLU) is");
-  read_rope(keys, m, f.name == "glm4_moe" || f.name == "bailing_moe_v2" ? 0.5 : 1.0);
+  // Programs differ in what a missing one means for bailing_moe_v2.
+  if (f.name == "bailing_moe_v2" && !keys.has("rope_parameters")) {
+    keys.number("partial_rotary_factor");
+  }
+  read_rope(keys, m, f.name == "glm4_moe" ? 0.5 : 1.0);
   m.qk_norm = f.qk_norm == "any"
                   ? (keys.flag("use_qk_norm", f.name == "bailing_moe_v2") ? "head" : "none")
                   : std::string(f.qk_norm);
   // A bias of q, k and v: built into qwen2 and qwen2_moe, a switch elsewhere.
   if (f.name == "qwen2" || f.name == "qwen2_moe") {
     m.qkv_bias = keys.flag("qkv_bias", true);
-  } else if (f.name == "glm4_moe" || f.name == "dots1") {
+  } else if (f.name == "glm4_moe") {
     m.qkv_bias = keys.flag("attention_bias", false);
   } else if (f.name == "bailing_moe_v2") {
     m.qkv_bias = keys.flag("use_qkv_bias", false);
     keys.refuse_unless(!keys.flag("use_bias", false), "use_bias",
                        "biases of the other linear layers are not read");
+    keys.refuse_unless(keys.flag("use_rmsnorm", true), "use_rmsnorm", "only RMSNorm is");
+    const auto rotated =
+        static_cast<std::int64_t>(static_cast<double>(m.head_dim) * m.partial_rotary_factor);
+    keys.refuse_unless(keys.integer("rotary_dim", rotated) == rotated, "rotary_dim",
+                       "it must be head_dim times partial_rotary_factor");
   } else {
     // A bias of the output projection comes with it.
     m.qkv_bias = m.o_bias = keys.flag("attention_bias", false);
     keys.refuse_unless(!m.o_bias || f.name == "llama" || f.name == "qwen3" ||
-                           f.name == "qwen3_moe" || f.name == "olmoe",
+                           f.name == "qwen3_moe" || f.name == "olmoe" || f.name == "dots1",
                        "attention_bias", "this family has none");
   }
   m.mlp_bias = keys.flag("mlp_bias", false);
@@ -339,7 +351,10 @@ void read_experts(Keys& keys, const Family& f, DescribedModel& d) {
   m.first_k_dense = keys.integer("first_k_dense_replace", 0);
   r.score = "sigmoid";
   for (const char* key : {"scoring_func", "score_function"}) {
-    keys.refuse_unless(keys.text(key, "sigmoid") == "sigmoid", key, "only \"sigmoid\" is");
+    // dots1 calls it by the name of the method.
+    const std::string score = keys.text(key, "sigmoid");
+    keys.refuse_unless(score == "sigmoid" || (f.name == "dots1" && score == "noaux_tc"), key,
+                       "only \"sigmoid\" is");
   }
   keys.refuse_unless(keys.text("topk_method", "noaux_tc") == "noaux_tc", "topk_method",
                      "only \"noaux_tc\" is");
