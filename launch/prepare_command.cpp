@@ -209,8 +209,7 @@ void add_prepare_command(CLI::App& app, Action& action) {
       ->type_name("TEXT");
   command
       ->add_option("--tokenizer", o.tokenizer,
-                   std::string("spm:VOCAB to train SentencePiece BPE, or one that is there: ") +
-                       kTokenizerSources)
+                   std::string("spm:VOCAB (trained on the text), ") + kTokenizerSources)
       ->capture_default_str()
       ->type_name("KIND");
   command->add_option("--valid-fraction", o.valid_fraction, "share of each domain to hold out")
@@ -244,7 +243,7 @@ void add_prepare_command(CLI::App& app, Action& action) {
       ->capture_default_str()
       ->check(whole_number(1, 1 << 20))
       ->type_name("MIB");
-  command->footer(kFooter);
+  command->footer(std::string(kTokenizerSourcesExplained) + "\n" + kFooter);
   command->callback([&action, args] { action = once([args] { return run_prepare(*args); }); });
 }
 

@@ -126,7 +126,7 @@ void add_tokenize_command(CLI::App& app, Action& action) {
   command->add_flag("--special", args->special,
                     "special tokens spelled in the text, as chat templates do, become their ids");
   command->add_flag("--describe", args->describe, "print what it is and read nothing");
-  command->footer(kFooter);
+  command->footer(std::string(kTokenizerSourcesExplained) + "\n" + kFooter);
   command->callback([&action, args] { action = once([args] { return run_tokenize(*args); }); });
 }
 
