@@ -105,7 +105,8 @@ ExitCode run_on_ranks(Session& session, const Arguments& arguments) {
   CheckpointInfo info{.config_text = to_toml(config),
                       .run_id = new_run_id(),
                       .created_by = "arcus " + version_line() + ", upcycle"};
-  for (const char* key : {extra_key::kTokenizerKind, extra_key::kTokenizer}) {
+  for (const char* key :
+       {extra_key::kTokenizerKind, extra_key::kTokenizer, extra_key::kPairTemplate}) {
     if (checkpoint.info.extra.contains(key)) info.extra[key] = checkpoint.info.extra.at(key);
   }
   NewRun run(session, arguments.out);
