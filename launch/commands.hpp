@@ -32,6 +32,7 @@ void add_merge_command(CLI::App& app, Action& action);
 void add_status_command(CLI::App& app, Action& action);
 void add_supervise_command(CLI::App& app, Action& action);
 void add_bench_command(CLI::App& app, Action& action);
+void add_tokenize_command(CLI::App& app, Action& action);
 void add_help_command(CLI::App& app, Action& action);
 
 }  // namespace arcus

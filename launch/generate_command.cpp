@@ -99,7 +99,7 @@ class TextPrinter {
   }
 
   void add(std::size_t prompt, std::int32_t id) {
-    const std::string bytes = tokenizer_.decode({id});
+    const std::string bytes = tokenizer_.token_text(id);
     if (prompts_.size() > 1) {
       texts_[prompt] += bytes;
     } else {

@@ -7,8 +7,9 @@ set -eu
 
 build_packages="g++ make cmake ninja-build pkg-config git
   libopenmpi-dev openmpi-bin libhdf5-dev libdnnl-dev libhwloc-dev libcli11-dev libtomlplusplus-dev
-  nlohmann-json3-dev libfmt-dev libspdlog-dev libxxhash-dev libsentencepiece-dev"
-test_packages="libgtest-dev hdf5-tools python3-numpy python3-h5py"
+  nlohmann-json3-dev libfmt-dev libspdlog-dev libxxhash-dev libsentencepiece-dev
+  libpcre2-dev libutf8proc-dev"
+test_packages="libgtest-dev hdf5-tools python3-numpy python3-h5py python3-venv"
 # The texts themselves are fetched and unpacked by the quickstart, not installed.
 text_packages="xz-utils libreadline8"
 study_packages="jq gnuplot-nox"

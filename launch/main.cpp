@@ -82,6 +82,7 @@ int run(int argc, char** argv) {
   add_status_command(app, action);
   add_supervise_command(app, action);
   add_bench_command(app, action);
+  add_tokenize_command(app, action);
   add_help_command(app, action);
   try {
     app.parse(argc, argv);

@@ -1,6 +1,7 @@
 #include "launch/new_run.hpp"
 
 #include <algorithm>
+#include <filesystem>
 #include <utility>
 
 #include "src/base/error.hpp"
@@ -12,6 +13,7 @@ NewRun::NewRun(Session& session, std::string folder)
   session_.together([&] {
     ARCUS_REQUIRE(!folder_.empty(), ExitCode::usage, "--out must name a folder");
     if (!session_.is_root()) return;
+    made_folder_ = !std::filesystem::exists(folder_);
     lock_ = std::make_unique<RunLock>(folder_);
     ARCUS_REQUIRE(list_checkpoints(folder_).empty(), ExitCode::usage,
                   "{} holds checkpoints of a run already; --out must be another folder", folder_);
@@ -34,7 +36,17 @@ SaveReport NewRun::save(const CheckpointInfo& info, std::span<const TensorSpec> 
       view.slices.push_back({{0, spec.num_rows()}, memory.back().data()});
     }
   });
-  return save_checkpoint(session_.comm(), session_.stream(), folder_, info, views, {.keep = 0});
+  const SaveReport report =
+      save_checkpoint(session_.comm(), session_.stream(), folder_, info, views, {.keep = 0});
+  saved_ = true;
+  return report;
+}
+
+NewRun::~NewRun() {
+  if (!lock_) return;
+  lock_.reset();
+  std::error_code ignored;
+  if (made_folder_ && !saved_) std::filesystem::remove_all(folder_, ignored);
 }
 
 }  // namespace arcus

@@ -12,6 +12,7 @@
 #include "launch/checks.hpp"
 #include "launch/commands.hpp"
 #include "launch/progress.hpp"
+#include "launch/tokenizer_source.hpp"
 #include "src/base/error.hpp"
 #include "src/base/log.hpp"
 #include "src/data/prepare.hpp"
@@ -46,6 +47,7 @@ constexpr const char* kFooter =
     "  arcus prepare --out data/code --domain 'c=/usr/include/**/*.h'\n"
     "  arcus prepare --out data/mix --tokenizer spm:8192 \\\n"
     "      --domain prose=books/ letters.txt --domain zh=zh/ --separator zh=%\n"
+    "  arcus prepare --out data/more --tokenizer checkpoint:runs/imported --domain more=texts/\n"
     "  arcus prepare --out data/tune --domain code=src/ --pairs tasks=tasks.jsonl \\\n"
     "      --template '### Q\\n{prompt}\\n### A\\n{answer}'";
 
@@ -85,6 +87,7 @@ std::int64_t parse_bytes(const std::string& text) {
 PrepareOptions complete(const Arguments& arguments) {
   PrepareOptions options = arguments.options;
   options.spm_sample_bytes = arguments.spm_sample_mib << 20;
+  options.given = open_tokenizer_source(options.tokenizer);
   for (const std::string& argument : arguments.domains) {
     add_domain_argument(argument, options.domains);
   }
@@ -204,7 +207,9 @@ void add_prepare_command(CLI::App& app, Action& action) {
                    "how pairs are written; \\n is a line end, {{ a brace")
       ->capture_default_str()
       ->type_name("TEXT");
-  command->add_option("--tokenizer", o.tokenizer, "bytes, or spm:VOCAB to train SentencePiece BPE")
+  command
+      ->add_option("--tokenizer", o.tokenizer,
+                   std::string("spm:VOCAB (trained on the text), ") + kTokenizerSources)
       ->capture_default_str()
       ->type_name("KIND");
   command->add_option("--valid-fraction", o.valid_fraction, "share of each domain to hold out")
@@ -238,7 +243,7 @@ void add_prepare_command(CLI::App& app, Action& action) {
       ->capture_default_str()
       ->check(whole_number(1, 1 << 20))
       ->type_name("MIB");
-  command->footer(kFooter);
+  command->footer(std::string(kTokenizerSourcesExplained) + "\n" + kFooter);
   command->callback([&action, args] { action = once([args] { return run_prepare(*args); }); });
 }
 

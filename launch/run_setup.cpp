@@ -111,8 +111,12 @@ LoadedConfig try_to(const std::function<Config()>& load) {
   return loaded;
 }
 
-/// The checkpoint that decides what the model is; nothing where the file does.
-std::optional<Checkpoint> model_of_run(const Config& config, const RunStart& start) {
+/// What decides what the model is.
+struct ModelSource {
+  std::optional<Checkpoint> checkpoint;  ///< none: the file alone
+  std::vector<std::string> fresh;        ///< of it; what a run goes on with is never fresh
+};
+ModelSource model_of_run(const Config& config, const RunStart& start) {
   std::vector<std::filesystem::path> own;
   if (start.resume == "auto") {
     if (!config.run.dir.empty()) own = list_checkpoints(config.run.dir);
@@ -122,14 +126,14 @@ std::optional<Checkpoint> model_of_run(const Config& config, const RunStart& sta
   for (const std::filesystem::path& path : own) {
     try {
       Checkpoint checkpoint = open_checkpoint(path);
-      if (checkpoint.info.extra.contains(extra_key::kInitFrom)) return checkpoint;
-      return std::nullopt;
+      if (!checkpoint.info.extra.contains(extra_key::kInitFrom)) return {};
+      return {std::move(checkpoint), {}};
     } catch (const Error&) {
       // Damaged: the run will say so, and go on from the one before.
     }
   }
-  if (start.init.path.empty()) return std::nullopt;
-  return open_checkpoint(locate_checkpoint(start.init.path));
+  if (start.init.path.empty()) return {};
+  return {open_checkpoint(locate_checkpoint(start.init.path)), start.init.fresh};
 }
 
 }  // namespace
@@ -143,11 +147,11 @@ LoadedConfig try_load_run_config(const std::filesystem::path& file,
                                  const std::vector<std::string>& sets, const RunStart& start) {
   return try_to([&] {
     Config config = load_config(file, sets);
-    const std::optional<Checkpoint> model = model_of_run(config, start);
+    const auto [model, fresh] = model_of_run(config, start);
     if (!model) return config;
     const Config stored =
         from_toml(model->info.config_text, model->path.string() + " (configuration)");
-    return load_config_on(file, sets, stored, model->path, start.init.fresh);
+    return load_config_on(file, sets, stored, model->path, fresh);
   });
 }
 

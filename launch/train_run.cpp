@@ -191,22 +191,45 @@ TrainRun::TrainRun(Session& session, const Config& config, const RunStart& start
   });
 }
 
+namespace {
+
+/// What was imported or merged is no run's; one that cannot be opened is left to the reader.
+void require_more_than_weights(const fs::path& path) {
+  Checkpoint checkpoint;
+  try {
+    checkpoint = open_checkpoint(path);
+  } catch (const Error&) {
+    return;
+  }
+  ARCUS_REQUIRE(!holds_weights_alone(checkpoint), ExitCode::usage,
+                "{0} holds weights alone, nothing that a run could go on from; start one from them "
+                "in another folder: --init {0} --set run.dir=FOLDER",
+                path.string());
+}
+
+}  // namespace
+
+/// Before anything in the folder is touched.
 void TrainRun::check_start() {
   const std::string& resume = start_.resume;
   ARCUS_REQUIRE(resume == "auto" || resume == "none" || fs::exists(resume), ExitCode::usage,
                 "--resume {}: no such checkpoint or run folder; it takes auto, none or a path",
                 resume);
+  const auto own = resume == "auto"   ? find_latest(dir_)
+                   : resume == "none" ? std::nullopt
+                                      : std::optional(locate_checkpoint(resume));
+  if (session_.is_root() && own) require_more_than_weights(*own);
   if (start_.init.path.empty()) return;
   ARCUS_REQUIRE(resume == "auto" || resume == "none", ExitCode::usage,
                 "--resume {} goes on with a run, --init {} starts one; give one of them", resume,
                 start_.init.path);
   if (!session_.is_root()) return;
+  // A run that goes on from its own checkpoints needs it no more; it may be gone.
+  if (own) return;
   const fs::path source = fs::weakly_canonical(locate_checkpoint(start_.init.path));
   ARCUS_REQUIRE(source.parent_path() != fs::weakly_canonical(dir_ / "checkpoints"), ExitCode::usage,
                 "--init {} is a checkpoint of {} itself; set run.dir to another folder",
                 start_.init.path, dir_.string());
-  // A run that goes on from its own checkpoints needs it no more.
-  if (resume == "auto" && find_latest(dir_)) return;
   const CheckpointInfo info = open_checkpoint(source).info;
   if (info.extra.contains(extra_key::kTokenizer)) {
     check_tokenizer(info);
@@ -315,18 +338,12 @@ void TrainRun::check_before_reading() {
   const auto own = find_latest(dir_);
   const auto path = given ? std::optional(locate_checkpoint(resume)) : own;
   if (!path) return;
-  const auto info_of = [](const fs::path& file) -> std::optional<CheckpointInfo> {
-    Checkpoint checkpoint;
+  const auto info_of = [](const fs::path& checkpoint) -> std::optional<CheckpointInfo> {
     try {
-      checkpoint = open_checkpoint(file);
+      return open_checkpoint(checkpoint).info;
     } catch (const Error&) {
       return std::nullopt;
     }
-    ARCUS_REQUIRE(!holds_weights_alone(checkpoint), ExitCode::usage,
-                  "{0} holds weights alone, nothing that a run could go on from; start one from "
-                  "them in another folder: --init {0} --set run.dir=FOLDER",
-                  file.string());
-    return checkpoint.info;
   };
   const auto info = info_of(*path);
   if (!info) return;

@@ -31,6 +31,10 @@ launch/install-packages.sh fuzz ||
   echo "tests/run.sh: without these packages the fuzz tests are left out" >&2
 cmake --preset "$preset"
 cmake --build --preset "$preset"
+if [ "$preset" = release ]; then
+  # Says it once where the Python packages of tests/interop cannot be had; those tests are skipped then.
+  tests/interop/make-venv.sh build/release/interop-venv >/dev/null || true
+fi
 # Ranks share few cores here: one that waits must leave its core to the others.
 export OMPI_MCA_mpi_yield_when_idle=1
 if [ "$slow" = yes ]; then

@@ -160,7 +160,9 @@ void write_hf(const ExportSource& source, const fs::path& directory, const Expor
       files::write_synced(directory / name, text);
     }
   }
-  const std::vector<PlannedTensor> plan = plan_of(source, Target::hf);
+  std::vector<PlannedTensor> plan = plan_of(source, Target::hf);
+  // Wide numbers first, so that none starts where a narrow one's odd count ends.
+  std::ranges::stable_partition(plan, &PlannedTensor::always_f32);
   const auto shards = cut_into_shards(plan, source, shard_bytes);
   const std::int64_t bytes = export_bytes(source, Target::hf);
   TensorEncoder encoder(source, progress, bytes);

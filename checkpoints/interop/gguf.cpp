@@ -339,7 +339,7 @@ std::int64_t GgufFile::integer(const std::string& key,
   const bool found = with_integer(*value, [&](auto held) {
     ARCUS_REQUIRE(std::in_range<std::int64_t>(held), ExitCode::data,
                   "{}: the key {} is {}, beyond 2^63", path().string(), shown(key), held);
-    integer = static_cast<std::int64_t>(held);
+    integer = static_cast<std::int64_t>(+held);
   });
   if (!found) fail_kind(path(), key, *value, "an integer");
   return integer;

@@ -6,8 +6,8 @@
 #include <nlohmann/json.hpp>
 #include <regex>
 
-#include "checkpoints/interop/json_text.hpp"
 #include "src/base/error.hpp"
+#include "src/data/checked_json.hpp"
 
 namespace arcus {
 namespace {
@@ -18,7 +18,9 @@ using ordered = nlohmann::ordered_json;
 /// The keys of one config.json, each asked for by name: what nobody asked for is an error.
 class Keys {
  public:
-  Keys(json object, std::string source) : object_(std::move(object)), source_(std::move(source)) {}
+  Keys(json object, std::string source) : object_(std::move(object)), source_(std::move(source)) {
+    ARCUS_REQUIRE(object_.is_object(), ExitCode::data, "{}: it is no JSON object", source_);
+  }
 
   bool has(const std::string& key) {
     used_.insert(key);
@@ -99,6 +101,10 @@ bool changes_nothing(const std::string& key) {
                                              "architectures",
                                              "auto_map",
                                              "attention_dropout",
+                                             "attn_pdrop",
+                                             "aux_loss_alpha",
+                                             "output_past",
+                                             "seq_aux",
                                              "bos_token_id",
                                              "chunk_size_feed_forward",
                                              "dtype",
@@ -196,24 +202,33 @@ void read_attention(Keys& keys, const Family& f, DescribedModel& d) {
   d.model.context_length = keys.integer("max_position_embeddings", 0);
   keys.refuse_unless(keys.text("hidden_act", "silu") == "silu", "hidden_act",
                      "only \"silu\" (SwiGLU) is");
-  read_rope(keys, m, f.name == "glm4_moe" || f.name == "bailing_moe_v2" ? 0.5 : 1.0);
+  // Programs differ in what a missing one means for bailing_moe_v2.
+  if (f.name == "bailing_moe_v2" && !keys.has("rope_parameters")) {
+    keys.number("partial_rotary_factor");
+  }
+  read_rope(keys, m, f.name == "glm4_moe" ? 0.5 : 1.0);
   m.qk_norm = f.qk_norm == "any"
                   ? (keys.flag("use_qk_norm", f.name == "bailing_moe_v2") ? "head" : "none")
                   : std::string(f.qk_norm);
   // A bias of q, k and v: built into qwen2 and qwen2_moe, a switch elsewhere.
   if (f.name == "qwen2" || f.name == "qwen2_moe") {
     m.qkv_bias = keys.flag("qkv_bias", true);
-  } else if (f.name == "glm4_moe" || f.name == "dots1") {
+  } else if (f.name == "glm4_moe") {
     m.qkv_bias = keys.flag("attention_bias", false);
   } else if (f.name == "bailing_moe_v2") {
     m.qkv_bias = keys.flag("use_qkv_bias", false);
     keys.refuse_unless(!keys.flag("use_bias", false), "use_bias",
                        "biases of the other linear layers are not read");
+    keys.refuse_unless(keys.flag("use_rmsnorm", true), "use_rmsnorm", "only RMSNorm is");
+    const auto rotated =
+        static_cast<std::int64_t>(static_cast<double>(m.head_dim) * m.partial_rotary_factor);
+    keys.refuse_unless(keys.integer("rotary_dim", rotated) == rotated, "rotary_dim",
+                       "it must be head_dim times partial_rotary_factor");
   } else {
     // A bias of the output projection comes with it.
     m.qkv_bias = m.o_bias = keys.flag("attention_bias", false);
     keys.refuse_unless(!m.o_bias || f.name == "llama" || f.name == "qwen3" ||
-                           f.name == "qwen3_moe" || f.name == "olmoe",
+                           f.name == "qwen3_moe" || f.name == "olmoe" || f.name == "dots1",
                        "attention_bias", "this family has none");
   }
   m.mlp_bias = keys.flag("mlp_bias", false);
@@ -291,6 +306,11 @@ std::int64_t leading_dense_layers(Keys& keys) {
   return count;
 }
 
+/// transformers 5 may write them under Mixtral's name.
+std::int64_t number_of_experts(Keys& keys, const char* key) {
+  return keys.integer(keys.has(key) || !keys.has("num_local_experts") ? key : "num_local_experts");
+}
+
 void read_experts(Keys& keys, const Family& f, DescribedModel& d) {
   ModelConfig& m = d.model.model;
   RoutingConfig& r = d.model.routing;
@@ -305,7 +325,7 @@ void read_experts(Keys& keys, const Family& f, DescribedModel& d) {
   }
   r.renormalize = keys.flag("norm_topk_prob", f.name == "bailing_moe_v2" || f.name == "glm4_moe");
   if (f.name == "olmoe") {
-    m.num_experts = keys.integer("num_experts");
+    m.num_experts = number_of_experts(keys, "num_experts");
     m.expert_ff_size = keys.integer("intermediate_size");
     m.dense_ff_size = m.expert_ff_size;
     return;
@@ -313,7 +333,7 @@ void read_experts(Keys& keys, const Family& f, DescribedModel& d) {
   m.expert_ff_size = keys.integer("moe_intermediate_size");
   m.dense_ff_size = keys.integer("intermediate_size", m.expert_ff_size * m.topk);
   if (f.name == "qwen3_moe" || f.name == "qwen2_moe") {
-    m.num_experts = keys.integer("num_experts");
+    m.num_experts = number_of_experts(keys, "num_experts");
     m.first_k_dense = leading_dense_layers(keys);
     if (f.name == "qwen3_moe") return;
     const std::int64_t shared = keys.integer("shared_expert_intermediate_size");
@@ -331,7 +351,10 @@ void read_experts(Keys& keys, const Family& f, DescribedModel& d) {
   m.first_k_dense = keys.integer("first_k_dense_replace", 0);
   r.score = "sigmoid";
   for (const char* key : {"scoring_func", "score_function"}) {
-    keys.refuse_unless(keys.text(key, "sigmoid") == "sigmoid", key, "only \"sigmoid\" is");
+    // dots1 calls it by the name of the method.
+    const std::string score = keys.text(key, "sigmoid");
+    keys.refuse_unless(score == "sigmoid" || (f.name == "dots1" && score == "noaux_tc"), key,
+                       "only \"sigmoid\" is");
   }
   keys.refuse_unless(keys.text("topk_method", "noaux_tc") == "noaux_tc", "topk_method",
                      "only \"noaux_tc\" is");
@@ -359,15 +382,15 @@ const Family& find_family(Keys& keys) {
     if (family.name == type) return family;
     known += fmt::format("{}{}", known.empty() ? "" : ", ", family.name);
   }
-  ARCUS_FAIL(ExitCode::data, "{}: model_type \"{}\" is not supported; these are: {}", keys.source(),
-             type, known);
+  ARCUS_FAIL(ExitCode::data, "{}: model_type {} is not supported; these are: {}", keys.source(),
+             keys.shown(type), known);
 }
 
 }  // namespace
 
 DescribedModel read_hf_config(std::string_view text, const std::string& source,
                               const std::set<std::string>& ignored) {
-  Keys keys(parse_json_object(text, source), source);
+  Keys keys(parse_checked_json(source, text), source);
   DescribedModel d;
   d.family = &find_family(keys);
   const bool gpt2 = d.family->spelling == Spelling::gpt2;
@@ -405,6 +428,10 @@ void check_described(const DescribedModel& described, const std::string& source)
   ARCUS_REQUIRE(p.model.num_layers <= 10000 && p.model.num_experts <= (1 << 20), ExitCode::data,
                 "{}: {} layers of {} experts is no model that can be", source, p.model.num_layers,
                 p.model.num_experts);
+  ARCUS_REQUIRE(p.model.vocab_size > 0 && p.model.vocab_size < (std::int64_t{1} << 31) &&
+                    p.model.dense_ff_size > 0,
+                ExitCode::data, "{}: a vocabulary of {} and dense layers {} wide are no model",
+                source, p.model.vocab_size, p.model.dense_ff_size);
   try {
     validate(p.model, p.routing);
   } catch (const Error& error) {

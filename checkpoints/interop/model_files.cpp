@@ -7,9 +7,9 @@
 #include <regex>
 
 #include "checkpoints/interop/gguf_config.hpp"
-#include "checkpoints/interop/json_text.hpp"
 #include "checkpoints/interop/safetensors.hpp"
 #include "src/base/error.hpp"
+#include "src/data/checked_json.hpp"
 
 namespace arcus {
 namespace {
@@ -31,9 +31,9 @@ std::vector<std::string> shard_names(const fs::path& directory) {
                 "{}: neither model.safetensors nor model.safetensors.index.json is there; is it "
                 "a Hugging Face directory, and is it complete?",
                 directory.string());
-  const nlohmann::json json = parse_json_object(read_file(index), index.string());
-  ARCUS_REQUIRE(json.contains("weight_map") && json["weight_map"].is_object(), ExitCode::data,
-                "{}: weight_map is missing", index.string());
+  const nlohmann::json json = parse_checked_json(index.string(), read_file(index));
+  ARCUS_REQUIRE(json.is_object() && json.contains("weight_map") && json["weight_map"].is_object(),
+                ExitCode::data, "{}: weight_map is missing", index.string());
   std::set<std::string> names;
   for (const auto& [tensor, file] : json["weight_map"].items()) {
     ARCUS_REQUIRE(file.is_string(), ExitCode::data, "{}: the file of {} is no text", index.string(),
@@ -72,6 +72,12 @@ std::vector<std::int64_t> essential(std::vector<std::int64_t> shape) {
   return shape;
 }
 
+/// Tables of rotations, and GPT-2's masks.
+bool follows_from_config(std::string_view tensor, bool gpt2) {
+  return tensor.ends_with("rotary_emb.inv_freq") ||
+         (gpt2 && (tensor.ends_with(".attn.bias") || tensor.ends_with(".attn.masked_bias")));
+}
+
 /// The layer number in a name, or -1.
 std::int64_t layer_in(const std::string& name) {
   static const std::regex pattern(R"((?:layers|blk)\.(\d{1,6})\.)");
@@ -99,13 +105,16 @@ void ModelFiles::open_directory(const fs::path& path, const std::set<std::string
                 "{}: config.json is missing; is it a Hugging Face directory?", source_);
   described_ =
       read_hf_config(read_file(path / "config.json"), (path / "config.json").string(), ignored);
+  const bool gpt2 = described_.family->spelling == Spelling::gpt2;
   for (const std::string& name : shard_names(path)) {
-    files_.push_back(std::make_unique<SafetensorsFile>(path / name));
+    files_.push_back(std::make_unique<SafetensorsFile>(
+        path / name, [=](std::string_view tensor) { return follows_from_config(tensor, gpt2); }));
   }
   for (const std::string& name : hf_tokenizer_file_names()) {
     if (fs::exists(path / name)) tokenizer_files_[name] = read_file(path / name);
   }
   collect_tensors();
+  check_plausible();
   check_tied_head();
   const std::vector<PlannedTensor> plan =
       hf_tensors(described_.model, *described_.family, find_spelling());
@@ -119,6 +128,7 @@ void ModelFiles::open_gguf(const fs::path& path, const std::set<std::string>& ig
   gguf_ = file.get();
   files_.push_back(std::move(file));
   collect_tensors();
+  check_plausible();
   const std::vector<PlannedTensor> plan = gguf_tensors(described_.model, *described_.family);
   leave_out(plan);
   place(plan);
@@ -132,6 +142,22 @@ void ModelFiles::collect_tensors() {
                     tensor.name);
     }
   }
+}
+
+/// A description that asks for more gates than there are numbers would need memory that no file
+/// justifies, before the missing tensors are found.
+void ModelFiles::check_plausible() const {
+  const ModelConfig& m = described_.model.model;
+  double numbers = 0;
+  for (const auto& [name, tensor] : found_) {
+    numbers += static_cast<double>(tensor.second->num_elements());
+  }
+  const auto d = [](std::int64_t n) { return static_cast<double>(n); };
+  const double gates = d(m.num_layers - m.first_k_dense) * d(m.num_experts) * d(m.hidden_size);
+  ARCUS_REQUIRE(m.num_layers <= std::ssize(found_) && gates <= numbers, ExitCode::data,
+                "{}: the description has {} layers of {} experts, the files {} tensors of {:.3g} "
+                "numbers in all; they do not belong together",
+                source_, m.num_layers, m.num_experts, found_.size(), numbers);
 }
 
 HfSpelling ModelFiles::find_spelling() const {
@@ -150,8 +176,8 @@ HfSpelling ModelFiles::find_spelling() const {
   return spelling;
 }
 
-/// Tensors that have no part in what the model computes: tables that follow from the configuration,
-/// and layers behind the last one, which predict further tokens in training.
+/// Layers behind the last one have no part in what the model computes: they predict further tokens
+/// in training.
 void ModelFiles::leave_out(const std::vector<PlannedTensor>& plan) {
   std::set<std::string> planned;
   for (const PlannedTensor& tensor : plan) planned.insert(tensor.name);
@@ -160,9 +186,6 @@ void ModelFiles::leave_out(const std::vector<PlannedTensor>& plan) {
   std::erase_if(found_, [&](const auto& entry) {
     const std::string& name = entry.first;
     if (planned.contains(name)) return false;
-    if (name.ends_with("rotary_emb.inv_freq")) return true;
-    const bool mask = name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias");
-    if (mask && described_.family->spelling == Spelling::gpt2) return true;
     const bool behind = may_predict && layer_in(name) >= described_.model.model.num_layers;
     left += behind ? 1 : 0;
     return behind;

@@ -52,6 +52,7 @@ class ModelFiles {
   void open_directory(const std::filesystem::path& path, const std::set<std::string>& ignored);
   void open_gguf(const std::filesystem::path& path, const std::set<std::string>& ignored);
   void collect_tensors();
+  void check_plausible() const;
   HfSpelling find_spelling() const;
   void leave_out(const std::vector<PlannedTensor>& plan);
   void check_tied_head();

@@ -248,7 +248,7 @@ SafetensorsFile::SafetensorsFile(const fs::path& path, const Ignored& ignored) :
   nlohmann::json::sax_parse(header.begin(), header.end(), &parser);
   metadata_ = std::move(parser.metadata);
   std::ranges::stable_sort(
-      parser.entries, {}, [](const Entry& entry) -> const auto& { return *entry.data_offsets; });
+      parser.entries, {}, [](const Entry& entry) { return std::pair(entry.begin(), entry.end()); });
   for (const Entry& entry : parser.entries) check_range(path, entry);
   const auto data_begin = static_cast<std::int64_t>(8 + header.size());
   check_contiguous(path, parser.entries, std::ssize(contents()) - data_begin);

@@ -20,7 +20,8 @@
 namespace arcus {
 namespace {
 
-constexpr const char* kTokenizerFile = "tokenizer.model";
+constexpr const char* kSpmFile = "tokenizer.model";
+constexpr const char* kPackedFile = "tokenizer.files";
 constexpr std::int64_t kMinSplitBytes = 1024;
 
 bool is_domain_name(const std::string& name) {
@@ -37,15 +38,17 @@ std::optional<std::int64_t> spm_vocab_size(const std::string& tokenizer) {
   const char* end = tokenizer.data() + tokenizer.size();
   const bool spm = tokenizer.starts_with("spm:") &&
                    std::from_chars(tokenizer.data() + 4, end, size).ptr == end && size > 0;
-  ARCUS_REQUIRE(spm, ExitCode::usage,
-                "unknown tokenizer \"{}\"; use \"bytes\" or \"spm:VOCAB\", e.g. spm:8192",
-                tokenizer);
+  ARCUS_REQUIRE(
+      spm, ExitCode::usage,
+      "unknown tokenizer \"{}\"; use \"bytes\", \"spm:VOCAB\", e.g. spm:8192, or one that is "
+      "there already: hf:DIR, model:FILE, gguf:FILE, checkpoint:PATH or data:DIR",
+      tokenizer);
   return size;
 }
 
 void validate(const PrepareOptions& options) {
   ARCUS_REQUIRE(!options.out.empty(), ExitCode::usage, "name the folder to make with --out");
-  spm_vocab_size(options.tokenizer);
+  if (options.given == nullptr) spm_vocab_size(options.tokenizer);
   ARCUS_REQUIRE(options.valid_fraction >= 0 && options.valid_fraction < 1, ExitCode::usage,
                 "valid-fraction {} must be at least 0 and below 1, e.g. 0.05",
                 options.valid_fraction);
@@ -104,9 +107,10 @@ std::vector<ScannedDomain> scan(const PrepareOptions& options, const PrepareCall
   return domains;
 }
 
-std::unique_ptr<Tokenizer> make_tokenizer(const PrepareOptions& options,
-                                          const std::vector<ScannedDomain>& domains,
-                                          const PrepareCallback& callback) {
+std::shared_ptr<const Tokenizer> make_tokenizer(const PrepareOptions& options,
+                                                const std::vector<ScannedDomain>& domains,
+                                                const PrepareCallback& callback) {
+  if (options.given != nullptr) return options.given;
   const auto vocab_size = spm_vocab_size(options.tokenizer);
   if (!vocab_size) return load_tokenizer("bytes", "");
   const std::vector<std::string> lines = sample_lines(options, domains);
@@ -141,7 +145,7 @@ class DomainWriter {
     for (const TextPart& part : parts) bytes += static_cast<std::int64_t>(part.text.size());
     for (std::size_t i = 0; i < parts.size(); ++i) {
       const std::string& text = rendered_.emplace_back(std::move(parts[i].text));
-      parts_.push_back({nullptr, text, document.fate == Fate::valid ? &valid_ : &train_,
+      parts_.push_back({nullptr, text, i == 0, document.fate == Fate::valid ? &valid_ : &train_,
                         i + 1 == parts.size() ? bytes : -1, parts[i].learned});
       batch_bytes_ += text.size();
     }
@@ -157,10 +161,11 @@ class DomainWriter {
         file->bytes().substr(document.begin, static_cast<std::size_t>(document.bytes()));
     StreamHash hash;
     while (!rest.empty()) {
-      const std::string_view text = rest.substr(0, encode_cut(rest, kPartBytes));
+      const std::string_view text = rest.substr(0, tokenizer_.cut(rest, kPartBytes));
+      const bool first = text.data() == file->bytes().data() + document.begin;
       rest.remove_prefix(text.size());
       hash.update(text.data(), text.size());
-      parts_.push_back({file, text, document.fate == Fate::valid ? &valid_ : &train_,
+      parts_.push_back({file, text, first, document.fate == Fate::valid ? &valid_ : &train_,
                         rest.empty() ? document.bytes() : -1});
       batch_bytes_ += text.size();
       progress.add(static_cast<std::int64_t>(text.size()));
@@ -179,6 +184,7 @@ class DomainWriter {
   struct Part {
     std::shared_ptr<const MappedFile> file;  ///< keeps the text mapped
     std::string_view text;
+    bool first;  ///< of its document
     TokenWriter* writer;
     std::int64_t document_bytes;  ///< of the document that ends with this part; else -1
     bool learned = true;
@@ -199,7 +205,8 @@ class DomainWriter {
 #pragma omp parallel for schedule(dynamic)
     for (std::size_t i = 0; i < parts_.size(); ++i) {
       try {
-        tokenizer_.encode(parts_[i].text, ids[i]);
+        const std::string_view text = parts_[i].text;
+        parts_[i].first ? tokenizer_.encode(text, ids[i]) : tokenizer_.encode_rest(text, ids[i]);
       } catch (...) {
 #pragma omp critical(arcus_prepare_failure)
         failure = std::current_exception();
@@ -270,12 +277,12 @@ Manifest describe_tokenizer(const std::filesystem::path& dir, const Tokenizer& t
                     .eos_id = tokenizer.eos_id()};
   const std::string model = tokenizer.serialized();
   if (model.empty()) return manifest;
-  manifest.tokenizer_file = kTokenizerFile;
-  std::ofstream file(dir / kTokenizerFile, std::ios::binary);
+  manifest.tokenizer_file = tokenizer.kind() == "spm" ? kSpmFile : kPackedFile;
+  std::ofstream file(dir / manifest.tokenizer_file, std::ios::binary);
   file << model;
   file.close();
   ARCUS_REQUIRE(file.good(), ExitCode::data, "cannot write {} (is the disk full?)",
-                (dir / kTokenizerFile).string());
+                (dir / manifest.tokenizer_file).string());
   return manifest;
 }
 

@@ -3,11 +3,13 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "src/data/documents.hpp"
 #include "src/data/pairs.hpp"
+#include "src/data/tokenizer.hpp"
 
 namespace arcus {
 
@@ -21,7 +23,8 @@ struct DomainSource {
 
 struct PrepareOptions {
   std::filesystem::path out;
-  std::string tokenizer = "bytes";  ///< "bytes" or "spm:VOCAB"
+  std::string tokenizer = "bytes";         ///< "bytes" or "spm:VOCAB"; what `given` is, for people
+  std::shared_ptr<const Tokenizer> given;  ///< one that is there already
   std::vector<DomainSource> domains;
   std::string pair_template = PairTemplate::kPlain;
   double valid_fraction = 0.05;        ///< share of each domain's bytes that is held out

@@ -4,38 +4,20 @@
 #include <sentencepiece_trainer.h>
 
 #include <algorithm>
-#include <charconv>
 #include <unordered_map>
 #include <unordered_set>
 #include <utility>
 
 #include "src/base/error.hpp"
+#include "src/data/spm_proto.hpp"
 #include "src/data/utf8.hpp"
 
 namespace arcus {
 namespace {
 
-constexpr std::int64_t kNumSpecialPieces = 258;      // 256 bytes, unknown, end of document
-constexpr std::string_view kBlank = "\xE2\x96\x81";  // U+2581, how SentencePiece writes a blank
+constexpr std::int64_t kNumSpecialPieces = 258;  // 256 bytes, unknown, end of document
 
 absl::string_view view(std::string_view text) { return {text.data(), text.size()}; }
-
-std::string with_blanks(std::string piece) {
-  std::string text;
-  for (std::size_t at = 0; at < piece.size();) {
-    const bool blank = piece.compare(at, kBlank.size(), kBlank) == 0;
-    text.push_back(blank ? ' ' : piece[at]);
-    at += blank ? kBlank.size() : 1;
-  }
-  return text;
-}
-
-/// Byte value of a byte piece, written "<0xE2>".
-int byte_value(const std::string& piece) {
-  int value = -1;
-  if (piece.size() == 6) std::from_chars(piece.data() + 3, piece.data() + 5, value, 16);
-  return value;
-}
 
 /// Finds what the library must not see: U+2581, NUL and bytes that are no UTF-8. Each kind's next
 /// place is remembered, so that a text is scanned once whatever it holds.
@@ -51,7 +33,7 @@ class SpecialFinder {
   Found next(std::size_t from) {
     refresh(from);
     const std::size_t begin = std::min({invalid_, nul_, blank_, text_.size()});
-    const std::size_t bytes = begin == blank_ ? kBlank.size() : 1;
+    const std::size_t bytes = begin == blank_ ? kSpmBlank.size() : 1;
     return {begin, std::min(begin + bytes, text_.size())};
   }
 
@@ -62,7 +44,7 @@ class SpecialFinder {
       invalid_ = found == std::string_view::npos ? found : from + found;
     }
     if (first_ || nul_ < from) nul_ = text_.find('\0', from);
-    if (first_ || blank_ < from) blank_ = text_.find(kBlank, from);
+    if (first_ || blank_ < from) blank_ = text_.find(kSpmBlank, from);
     first_ = false;
   }
 
@@ -168,7 +150,7 @@ void SpmTokenizer::read_pieces() {
   for (int id = 0; id < processor_->GetPieceSize(); ++id) {
     const std::string& name = processor_->IdToPiece(id);
     if (processor_->IsByte(id)) {
-      const int value = byte_value(name);
+      const int value = byte_of_piece(name);
       ARCUS_REQUIRE(value >= 0, ExitCode::data,
                     "byte piece {} of the SentencePiece model is \"{}\"", id, name);
       pieces_[id] = std::string(1, static_cast<char>(value));

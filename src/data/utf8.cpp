@@ -61,4 +61,24 @@ std::size_t utf8_boundary(std::string_view text, std::size_t position) {
   return position;
 }
 
+bool is_settled_letter(std::uint32_t c) {
+  const auto within = [c](std::uint32_t first, std::uint32_t last) {
+    return c >= first && c <= last;
+  };
+  return within('a', 'z') || within('A', 'Z') || within('0', '9') ||
+         (within(0xC0, 0x17F) && c != 0xD7 && c != 0xF7) || within(0x3B1, 0x3C9) ||
+         within(0x410, 0x44F) || within(0x5D0, 0x5EA) || within(0x621, 0x63A) ||
+         within(0x3042, 0x3093) || within(0x30A2, 0x30F6) || within(0x4E00, 0x9FA5) ||
+         within(0xAC00, 0xD7A3);
+}
+
+std::uint32_t code_point_of(std::string_view character) {
+  const auto lead = static_cast<unsigned char>(character[0]);
+  if (lead < 0x80) return lead;
+  std::uint32_t value = lead & (0xFFU >> (character.size() + 1));
+  for (const char c : character.substr(1))
+    value = value << 6 | (static_cast<unsigned char>(c) & 0x3F);
+  return value;
+}
+
 }  // namespace arcus

@@ -68,9 +68,9 @@ TEST_F(Finetune, ARunStartsFromAnothersWeightsAloneAndKnowsIt) {
 
   // Started again, it goes on from its own, with --init or without, on any ranks.
   const std::string more = " --set train.lr=1e-9 --set train.steps=3";
-  const ShellResult on = arcus(0, tune("tuned", "--init " + base() + more));
+  const ShellResult on = arcus(0, tune("tuned", "--init no-longer-there" + more));
   EXPECT_EQ(on.code, 0) << on.out;
-  EXPECT_TRUE(contains(on.out, "--init " + base() + " is not used any more")) << on.out;
+  EXPECT_TRUE(contains(on.out, "--init no-longer-there is not used any more")) << on.out;
   EXPECT_TRUE(contains(on.out, "going on from")) << on.out;
   const ShellResult without = arcus(3, tune("tuned", " --set train.lr=1e-9 --set train.steps=5"));
   EXPECT_EQ(without.code, 0) << without.out;
@@ -146,6 +146,7 @@ TEST_F(Finetune, AdaptersAreMergedIntoTheWeights) {
   EXPECT_EQ(direct.code, 64) << direct.out;
   EXPECT_TRUE(contains(direct.out, "holds weights alone")) << direct.out;
   EXPECT_TRUE(contains(direct.out, "--init " + run_dir("merged").string())) << direct.out;
+  EXPECT_FALSE(fs::exists(run_dir("merged") / "run.log")) << "touched before it was refused";
   const ShellResult next =
       arcus(0, tune("next", "--init " + run_dir("merged").string() + " --set train.steps=1"));
   EXPECT_EQ(next.code, 0) << next.out;
@@ -251,6 +252,10 @@ TEST_F(Finetune, AFreshGateOverOldExperts) {
   EXPECT_EQ(softmax.code, 0) << softmax.out;
   EXPECT_TRUE(contains(softmax.out, "left out: model.layers.0.mlp.gate.e_score_correction_bias"))
       << softmax.out;
+  // Once it has begun its gates are as good as any.
+  const ShellResult again = arcus(0, tune("softmax", fresh + " --set routing.score=sigmoid"));
+  EXPECT_EQ(again.code, 64) << again.out;
+  EXPECT_TRUE(contains(again.out, "\"sigmoid\", the checkpoint's is \"softmax\"")) << again.out;
 }
 
 TEST_F(Finetune, WhatDoesNotFitIsRefusedByName) {

@@ -164,7 +164,7 @@ TEST(Parameters, CountedAsATokenPassesThem) {
 
 TEST(Parameters, OfExpertsAreFound) {
   const SmallModel small = like_gpt2();
-  const auto names = tensors_by_expert(resolve(small.model, 11), small.routing, {});
+  const auto names = tensors_by_expert(resolve(small.model, 11), small.routing, {}, {});
   for (const char* name : {"gate.weight", "experts.up_proj.weight", "experts.up_proj.bias",
                            "experts.down_proj.weight", "experts.down_proj.bias"}) {
     EXPECT_TRUE(names.contains(std::string("model.layers.1.mlp.") + name)) << name;

@@ -51,6 +51,8 @@ TEST(LayoutMpi, AdaptersHaveTheBitsOfOneRank) {
   // Those of experts alone, so that whole flats are frozen; some ranks hold nothing of them.
   options.lora.match = "experts.(up|down)";
   options.train.recompute = true;
+  options.routing.capacity_factor = 1.25;
+  options.routing.pad_to_capacity = true;
   expect_bits_of_one_rank(options, 5);
 }
 

@@ -255,6 +255,42 @@ TEST_F(Lora, PartsCoverTheModelAndEachIsFrozenByItsName) {
   }
 }
 
+// The first update of a part moves by its share of the learning rate; other parts do not notice.
+TEST_F(Lora, PartsHaveLearningRatesOfTheirOwn) {
+  TrainerOptions options = small_training();
+  options.train.weight_decay = 0;
+  options.train.warmup_steps = 0;
+  const auto first_update = [&](const std::vector<ParamGroupConfig>& groups) {
+    options.groups = groups;
+    TrainingRun run(*self_, 1, options, *dataset_);
+    run.trainer().initialize();
+    auto update = values_of(run.trainer());
+    std::vector<std::string> lines;
+    run.steps(1, lines);
+    const auto after = values_of(run.trainer());
+    for (auto& [name, values] : update) {
+      for (std::size_t i = 0; i < values.size(); ++i) values[i] = after.at(name)[i] - values[i];
+    }
+    return update;
+  };
+  const auto usual = first_update({});
+  const auto scaled = first_update({{.part = "experts", .lr_scale = 0.25},
+                                    {.part = "router", .lr_scale = 3, .weight_decay = 0}});
+  for (const auto& [name, values] : usual) {
+    if (name.find('/') != std::string::npos) continue;
+    const double scale = name.find(".experts.") != std::string::npos    ? 0.25
+                         : name.find(".mlp.gate.") != std::string::npos ? 3
+                                                                        : 1;
+    double worst = 0;
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      worst = std::max(worst, std::abs(scale * static_cast<double>(values[i]) -
+                                       static_cast<double>(scaled.at(name)[i])));
+    }
+    // Updates are differences of weights below 1.2, rounded to 2^-24.
+    EXPECT_LT(worst, 1e-6) << name;
+  }
+}
+
 TEST_F(Lora, AMatchThatFindsNothingIsRefused) {
   TrainerOptions options = small_training();
   options.lora = {.rank = 4, .match = "norm"};

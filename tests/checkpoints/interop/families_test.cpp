@@ -490,5 +490,60 @@ TEST_F(Directories, LayersBehindTheLastOneAreLeftOutWithANote) {
   EXPECT_TRUE(contains(files.notes()[0], "layers behind the last one")) << files.notes()[0];
 }
 
+// Whatever a key holds, the description is taken or refused, in one line that names the file.
+TEST_F(Directories, NoValueOfAKeyDoesMoreThanBeRefused) {
+  const nlohmann::json values[] = {nullptr,
+                                   true,
+                                   false,
+                                   0,
+                                   1,
+                                   -1,
+                                   3,
+                                   0.5,
+                                   -0.5,
+                                   1e308,
+                                   "",
+                                   "x",
+                                   4611686018427387904LL,
+                                   -9223372036854775807LL,
+                                   18446744073709551615ULL,
+                                   std::string(100000, 'a'),
+                                   nlohmann::json::array(),
+                                   nlohmann::json::object(),
+                                   {1, 2, 3},
+                                   {{"rope_type", 7}},
+                                   {{"rope_type", "llama3"}, {"factor", -1.0}},
+                                   {{"rope_theta", "many"}}};
+  int refused = 0;
+  const auto try_all = [&](const char* family) {
+    const nlohmann::json before = config();
+    for (const auto& [key, original] : before.items()) {
+      for (const nlohmann::json& value : values) {
+        const std::string message = with(key, value);
+        if (message == "no error") continue;
+        ++refused;
+        EXPECT_EQ(message.find('\n'), std::string::npos) << message;
+        EXPECT_LT(message.size(), 1000U) << family << " " << key << ": " << message;
+      }
+    }
+  };
+  write();
+  try_all("mixtral");
+  write(make_qwen2_moe);
+  try_all("qwen2_moe");
+  write(make_glm);
+  try_all("glm4_moe");
+  EXPECT_GT(refused, 500);
+  for (const char* text : {"", "{", "[]", "3", "{\"model_type\": \"mixtral\", \"model_type\": 3}",
+                           "{\"a\": \"\xff\"}"}) {
+    std::ofstream(folder_.path() / "config.json") << text;
+    const std::string message = message_of([&] { const ModelFiles files(folder_.path()); });
+    EXPECT_NE(message, "no error") << text;
+    EXPECT_EQ(message.find('\n'), std::string::npos) << message;
+  }
+  std::ofstream(folder_.path() / "config.json") << std::string(100000, '[');
+  EXPECT_NE(message_of([&] { const ModelFiles files(folder_.path()); }), "no error");
+}
+
 }  // namespace
 }  // namespace arcus

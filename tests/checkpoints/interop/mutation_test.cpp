@@ -9,10 +9,10 @@
 #include "tests/support/temporary_folder.hpp"
 
 namespace {
-std::size_t largest_allocation = 0;
+std::size_t largest_allocation = 0;  ///< the largest block that anybody asked for
 }
 
-/// The largest block that anybody asked for.
+#ifndef __SANITIZE_ADDRESS__  // which has operators of its own
 void* operator new(std::size_t bytes) {
   largest_allocation = std::max(largest_allocation, bytes);
   void* block = std::malloc(std::max<std::size_t>(bytes, 1));
@@ -21,6 +21,7 @@ void* operator new(std::size_t bytes) {
 }
 void operator delete(void* block) noexcept { std::free(block); }
 void operator delete(void* block, std::size_t /*bytes*/) noexcept { std::free(block); }
+#endif
 
 namespace arcus::test {
 namespace {
