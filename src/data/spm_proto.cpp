@@ -1,5 +1,6 @@
 #include "src/data/spm_proto.hpp"
 
+#include <algorithm>
 #include <charconv>
 #include <cstring>
 #include <functional>
@@ -106,9 +107,61 @@ void read_trainer_spec(std::string_view message, SpmProto& proto) {
   });
 }
 
+/// The rules for characters: u32 bytes of a trie, the trie (a double array of u32 units, in the
+/// layout of darts-clone), texts that each end with NUL. The library follows it without looking
+/// where it leads, so every place that a text can lead it to is looked at here.
+class Rules {
+ public:
+  explicit Rules(std::string_view bytes) {
+    const std::uint32_t trie_bytes = bytes.size() < 4 ? ~0U : word(bytes, 0);
+    require(trie_bytes % 4 == 0 &&
+            trie_bytes <= bytes.size() - std::min<std::size_t>(4, bytes.size()));
+    units_.resize(trie_bytes / 4);
+    for (std::size_t i = 0; i < units_.size(); ++i) units_[i] = word(bytes, 4 + 4 * i);
+    texts_ = bytes.size() - 4 - trie_bytes;
+    require(!units_.empty() && texts_ > 0 && bytes.back() == '\0');
+  }
+
+  void check() const {
+    std::vector<bool> seen(units_.size());
+    std::vector<std::size_t> waiting{0};
+    while (!waiting.empty()) {
+      const std::size_t node = waiting.back();
+      waiting.pop_back();
+      const std::size_t children = node ^ offset(units_[node]);
+      require((children | 0xFF) < units_.size());
+      if ((units_[node] >> 8 & 1) != 0) require((units_[children] & 0x7FFFFFFF) < texts_);
+      for (std::uint32_t byte = 0; byte < 256; ++byte) {
+        const std::size_t child = children ^ byte;
+        if ((units_[child] & 0x800000FF) != byte || seen[child]) continue;
+        seen[child] = true;
+        waiting.push_back(child);
+      }
+    }
+  }
+
+ private:
+  static void require(bool condition) {
+    ARCUS_REQUIRE(condition, ExitCode::data,
+                  "the rules for characters of the SentencePiece model are damaged");
+  }
+  static std::uint32_t word(std::string_view bytes, std::size_t at) {
+    std::uint32_t value = 0;
+    std::memcpy(&value, bytes.data() + at, sizeof value);
+    return value;
+  }
+  static std::size_t offset(std::uint32_t unit) {
+    return std::size_t{unit >> 10} << ((unit & (1U << 9)) >> 6);
+  }
+
+  std::vector<std::uint32_t> units_;
+  std::size_t texts_ = 0;
+};
+
 void read_normalizer_spec(std::string_view message, SpmProto& proto) {
   for_each_field(message, [&](const Field& field) {
     if (field.number == 2) proto.has_rules = !field.bytes.empty();
+    if (field.number == 2 && proto.has_rules) Rules(field.bytes).check();
     if (field.number == 3) proto.add_dummy_prefix = field.value != 0;
     if (field.number == 4) proto.remove_extra_whitespaces = field.value != 0;
     if (field.number == 5) proto.escape_whitespaces = field.value != 0;
@@ -144,6 +197,10 @@ SpmProto read_spm_proto(std::string_view model) {
     if (field.number == 1) proto.pieces.push_back(read_piece(field.bytes));
     if (field.number == 2) read_trainer_spec(field.bytes, proto);
     if (field.number == 3) read_normalizer_spec(field.bytes, proto);
+    if (field.number == 5) {  // for decoding, which Arcus does itself
+      SpmProto unused;
+      read_normalizer_spec(field.bytes, unused);
+    }
   });
   return proto;
 }

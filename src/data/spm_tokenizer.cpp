@@ -131,6 +131,7 @@ class LineIterator final : public sentencepiece::SentenceIterator {
 SpmTokenizer::SpmTokenizer(std::string model)
     : model_(std::move(model)),
       processor_(std::make_unique<sentencepiece::SentencePieceProcessor>()) {
+  read_spm_proto(model_);  // throws where the library would trust damaged rules
   const auto status = processor_->LoadFromSerializedProto(view(model_));
   ARCUS_REQUIRE(status.ok(), ExitCode::data,
                 "the tokenizer model ({} bytes) is no SentencePiece model: {}", model_.size(),

@@ -128,9 +128,11 @@ TEST(SentencePieceTokenizer, ModelsThatLoseTextOrAreNoneAreErrors) {
          {{"tokenizer.model", llama_model()}, {"added_tokens.json", R"({"<x>": 99999999})"}});
   refuse({"id 5", "piece"},
          {{"tokenizer.model", llama_model()}, {"added_tokens.json", R"({"<x>": 5})"}});
+  const std::string with_rules = train_foreign_spm(
+      {{"normalization_rule_name", "nmt_nfkc"}, {"remove_extra_whitespaces", "true"}});
   std::mt19937_64 random(2);
-  for (int i = 0; i < 200; ++i) {
-    std::string model = llama_model();
+  for (int i = 0; i < 400; ++i) {
+    std::string model = i % 4 < 2 ? llama_model() : with_rules;
     if (i % 2 == 0) model.resize(random() % model.size());
     for (int n = 0; n < 3 && !model.empty(); ++n) {
       model[random() % model.size()] = static_cast<char>(random());
