@@ -14,6 +14,16 @@ namespace arcus {
 /// Files of a tokenizer in a Hugging Face directory, by name.
 using FileTexts = std::map<std::string, std::string>;
 
+/// Ids that other programs make with these files are those of Arcus, for texts that they can tell
+/// apart:
+/// - "bytes": texts without NUL, whose id ends a text.
+/// - "spm": texts without U+2581 (a blank there), of valid UTF-8, with lines of up to 64 KiB (Arcus
+///   cuts longer ones, the others do not).
+/// - All: programs that take special tokens spelled in a text ("</s>") for these tokens give their
+///   ids; to Arcus they are text unless encode_marked is asked.
+/// - GGUF: llama.cpp composes no characters where a tokenizer.json says NFC, and its pre-tokenizer
+///   "gpt-4o" splits words at combining marks.
+
 /// What a Hugging Face directory says of its tokenizer: tokenizer.json, tokenizer_config.json,
 /// special_tokens_map.json, tokenizer.model, chat_template.jinja, vocab.json, merges.txt, as far as
 /// they are there. Files that `source` holds (those of an imported model) are kept verbatim; the
