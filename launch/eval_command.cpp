@@ -134,6 +134,9 @@ void add_eval_command(CLI::App& app, Action& action) {
       command->add_flag("--json", args->json, "one JSON object, as in metrics.jsonl");
   command->add_flag("--routing", args->routing, "with --json: tokens per expert of every layer")
       ->needs(json);
+  for (const char* other : {"--data", "--domain", "--batches", "--json"}) {
+    ids->excludes(command->get_option(other));
+  }
   command->footer(kFooter);
   command->callback([&action, args] {
     action = [args] {

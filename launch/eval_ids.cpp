@@ -78,6 +78,7 @@ class LogitsFile {
  public:
   LogitsFile(const std::string& path, const Texts& texts, std::int64_t vocab_size)
       : path_(path), partial_(path + ".partial") {
+    require_replaceable();
     std::vector<std::int64_t> offsets{0};
     for (const auto& text : texts) offsets.push_back(offsets.back() + std::ssize(text));
     file_.emplace(h5::File::create(partial_, ExitCode::data));
@@ -105,6 +106,17 @@ class LogitsFile {
   }
 
  private:
+  /// Another file than one of this kind is somebody's, the ids' own above all.
+  void require_replaceable() const {
+    if (!fs::exists(path_)) return;
+    std::ifstream file(path_, std::ios::binary);
+    std::string begin(4, ' ');
+    file.read(begin.data(), 4);
+    ARCUS_REQUIRE(
+        begin == "\x89HDF", ExitCode::data,
+        "--logits {}: it exists and is no HDF5 file, so it is not replaced; choose another", path_);
+  }
+
   std::string path_, partial_;
   std::optional<h5::File> file_;
   std::optional<h5::Dataset> logits_;

@@ -1,8 +1,15 @@
+#include <fcntl.h>
 #include <fmt/format.h>
 #include <spdlog/spdlog.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
+#include <cerrno>
 #include <cmath>
+#include <cstring>
 #include <filesystem>
+#include <fstream>
 #include <memory>
 #include <optional>
 #include <set>
@@ -47,7 +54,8 @@ constexpr const char* kFooter =
     "model\n"
     "does; where there is none, the keys that stand in the way are named. Low-rank adapters are\n"
     "merged into their weights. What was written is read back, evaluated on held-out text and\n"
-    "compared with the checkpoint, number by number; only then does it appear under its name, with\n"
+    "compared with the checkpoint, number by number; only then does it appear under its name, "
+    "with\n"
     "a report beside it.\n"
     "\n"
     "Examples:\n"
@@ -98,6 +106,7 @@ class Output {
     while (path_.size() > 1 && path_.back() == '/') path_.pop_back();
     ARCUS_REQUIRE(!path_.empty(), ExitCode::usage, "--out must name what to write");
     if (target == Target::hf) {
+      if (force) check_replaceable();
       folder_.emplace(path_, force, FolderKind{"exported model", "config.json"});
       return;
     }
@@ -105,33 +114,85 @@ class Output {
                   "{} exists; choose another file, or replace it with --force", path_);
     ARCUS_REQUIRE(!fs::exists(path_) || fs::is_regular_file(path_), ExitCode::data,
                   "{} is no file: it is not replaced, even with --force", path_);
+    ARCUS_REQUIRE(!fs::exists(path_) || begins_with("GGUF"), ExitCode::data,
+                  "{} exists and is no GGUF file: it is not replaced, even with --force", path_);
     const fs::path parent = fs::absolute(path_).parent_path();
     ARCUS_REQUIRE(fs::is_directory(parent), ExitCode::data, "the folder {} is not there",
                   parent.string());
+    lock();
   }
   Output(const Output&) = delete;
   Output& operator=(const Output&) = delete;
   ~Output() {
     std::error_code ignored;
-    if (target_ == Target::gguf && !committed_) fs::remove(partial(), ignored);
+    fs::remove(report_partial(), ignored);
+    if (lock_ < 0) return;
+    if (!committed_) fs::remove(partial(), ignored);
+    ::close(lock_);
   }
 
   fs::path partial() const { return folder_ ? folder_->partial() : fs::path(path_ + ".partial"); }
-  std::string report_path() const { return path_ + ".report.json"; }
   const std::string& path() const { return path_; }
-  void commit() {
+  /// Puts the export in its place, with its report, or without one where it was not verified.
+  void commit(const std::string& report) {
+    if (!report.empty()) files::write_synced(report_partial(), report);
     if (folder_) {
       folder_->commit();
     } else {
       files::rename_synced(partial(), fs::absolute(path_));
     }
     committed_ = true;
+    if (!report.empty()) {
+      files::rename_synced(report_partial(), fs::absolute(report_path()));
+    } else {
+      std::error_code ignored;
+      fs::remove(report_path(), ignored);  // of an earlier export
+    }
   }
 
  private:
+  std::string report_path() const { return path_ + ".report.json"; }
+  std::string report_partial() const { return report_path() + ".partial"; }
+
+  bool begins_with(std::string_view magic) const {
+    std::ifstream file(path_, std::ios::binary);
+    std::string begin(magic.size(), ' ');
+    file.read(begin.data(), static_cast<std::streamsize>(begin.size()));
+    return begin == magic;
+  }
+  /// A folder that holds anything but files of an export is somebody's.
+  void check_replaceable() const {
+    if (!fs::is_directory(path_)) return;
+    std::set<std::string> own = {"config.json", "generation_config.json", "README.md",
+                                 "model.safetensors.index.json"};
+    own.insert(hf_tokenizer_file_names().begin(), hf_tokenizer_file_names().end());
+    for (const auto& entry : fs::directory_iterator(path_)) {
+      const std::string name = entry.path().filename().string();
+      const bool shard = name.starts_with("model") && name.ends_with(".safetensors");
+      ARCUS_REQUIRE(entry.is_regular_file() && (shard || own.contains(name)), ExitCode::data,
+                    "{} holds {}, which is no part of an exported model: it is not replaced, even "
+                    "with --force",
+                    path_, name);
+    }
+  }
+  /// One writer at a time.
+  void lock() {
+    lock_ = ::open(partial().c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+    ARCUS_REQUIRE(lock_ >= 0, ExitCode::data, "cannot create {}: {}", partial().string(),
+                  std::strerror(errno));
+    struct stat mine {
+    }, there{};
+    const bool only = ::flock(lock_, LOCK_EX | LOCK_NB) == 0 && ::fstat(lock_, &mine) == 0 &&
+                      ::stat(partial().c_str(), &there) == 0 && mine.st_ino == there.st_ino;
+    if (only) return;
+    ::close(std::exchange(lock_, -1));
+    ARCUS_FAIL(ExitCode::data, "another process is writing {}; wait for it", partial().string());
+  }
+
   std::string path_;
   Target target_;
   std::optional<OutputFolder> folder_;
+  int lock_ = -1;  ///< of a file's partial one
   bool committed_ = false;
 };
 
@@ -282,6 +343,9 @@ class Export {
     report_.tensors = compare_tensors(source_, files);
     report_.model = compare(before, after);
     report_.bias_shifted = shifts_expert_bias(source_);
+    ARCUS_REQUIRE(report_.tensors.not_finite.empty(), ExitCode::checkpoint,
+                  "{}: {} holds numbers that are not finite; such a model is not exported",
+                  checkpoint_.path.string(), report_.tensors.not_finite);
     const std::string failure = report_.failure();
     ARCUS_REQUIRE(failure.empty(), ExitCode::internal,
                   "what was written is not what the checkpoint holds: {}; nothing is kept",
@@ -296,12 +360,11 @@ class Export {
           model_card(source_, verified_ ? &report_ : nullptr, checkpoint_.info.config_text,
                      checkpoint_.info.created_by, checkpoint_.info.step, data_description()));
     }
-    output_->commit();
+    output_->commit(verified_ ? report_.json().dump(2) + "\n" : std::string());
     fmt::print("{}: {}, {}, {:.1f} MB\n", output_->path(),
                target_ == Target::hf ? source_.family->name : source_.family->gguf_arch,
                name_of(source_.type), static_cast<double>(export_bytes(source_, target_)) / 1e6);
     if (!verified_) return;
-    files::write_synced(output_->report_path(), report_.json().dump(2) + "\n");
     fmt::print("verified: {}\n", report_.summary());
     if (source_.type != FileType::f32) {
       fmt::print("perplexity: checkpoint {:.6g}, export {:.6g}\n",

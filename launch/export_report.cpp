@@ -107,6 +107,7 @@ class TensorComparer {
       const WrittenUnit how = written_.at({spec.name, unit});
       source_.read({spec.name, unit}, before);
       files_.read({spec.name, unit}, after);
+      if (!all_finite(before) && result_.not_finite.empty()) result_.not_finite = spec.name;
       const float least = *std::ranges::min_element(before);
       if (how.shift && least < 0) {
         shifted = true;

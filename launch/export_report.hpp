@@ -15,6 +15,7 @@ struct TensorComparison {
   std::int64_t equal = 0;    ///< tensors whose numbers are the checkpoint's, rounded to the type
   std::int64_t added = 0;    ///< tensors of the family that the model lacks: exact no-ops
   std::int64_t shifted = 0;  ///< biases of gates, minus their least number
+  std::string not_finite;    ///< the first one that holds a number that is not finite, "" = none
   std::string difference;    ///< the first one that differs, "" = none
 };
 /// Reads all tensors of `files` once. They belong to `source` as written.

@@ -67,6 +67,8 @@ std::vector<char> read_tensor(const ModelFiles& files, const TensorSpec& spec) {
   for (std::int64_t unit = 0; unit < spec.num_units; ++unit) {
     files.read({spec.name, unit}, {values + unit * unit_size, static_cast<std::size_t>(unit_size)});
   }
+  ARCUS_REQUIRE(all_finite({values, static_cast<std::size_t>(spec.num_elements())}), ExitCode::data,
+                "{} holds numbers that are not finite; the model is damaged", spec.name);
   return bytes;
 }
 

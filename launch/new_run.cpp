@@ -7,6 +7,26 @@
 #include "src/base/error.hpp"
 
 namespace arcus {
+namespace {
+
+/// A run goes into a folder of its own.
+void require_own_folder(const std::filesystem::path& folder) {
+  if (!std::filesystem::exists(folder)) return;
+  ARCUS_REQUIRE(std::filesystem::is_directory(folder), ExitCode::usage,
+                "{} is no folder; --out must name a new or an empty one", folder.string());
+  ARCUS_REQUIRE(list_checkpoints(folder).empty(), ExitCode::usage,
+                "{} holds checkpoints of a run already; --out must be another folder",
+                folder.string());
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+    const std::string name = entry.path().filename().string();
+    ARCUS_REQUIRE(name == "lock" || name == "checkpoints", ExitCode::usage,
+                  "{} holds other things than a run, such as {}; --out must name a new or an empty "
+                  "folder",
+                  folder.string(), name);
+  }
+}
+
+}  // namespace
 
 NewRun::NewRun(Session& session, std::string folder)
     : session_(session), folder_(std::move(folder)) {
@@ -14,9 +34,8 @@ NewRun::NewRun(Session& session, std::string folder)
     ARCUS_REQUIRE(!folder_.empty(), ExitCode::usage, "--out must name a folder");
     if (!session_.is_root()) return;
     made_folder_ = !std::filesystem::exists(folder_);
+    require_own_folder(folder_);
     lock_ = std::make_unique<RunLock>(folder_);
-    ARCUS_REQUIRE(list_checkpoints(folder_).empty(), ExitCode::usage,
-                  "{} holds checkpoints of a run already; --out must be another folder", folder_);
   });
 }
 

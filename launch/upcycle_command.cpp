@@ -2,6 +2,7 @@
 #include <spdlog/spdlog.h>
 
 #include <cmath>
+#include <filesystem>
 #include <memory>
 #include <optional>
 #include <string>
@@ -73,6 +74,12 @@ std::vector<char> make_tensor(const Upcycling& upcycling, const UnitReader& read
   upcycling.make(
       spec, [&](const std::string& name, std::span<float> out) { read({name}, out); },
       {reinterpret_cast<float*>(bytes.data()), static_cast<std::size_t>(spec.num_elements())});
+  ARCUS_REQUIRE(all_finite({reinterpret_cast<const float*>(bytes.data()),
+                            static_cast<std::size_t>(spec.num_elements())}),
+                ExitCode::usage,
+                "{} would hold numbers that are not finite; lower --noise, or the dense model is "
+                "damaged",
+                spec.name);
   return bytes;
 }
 
@@ -109,6 +116,15 @@ ExitCode run_on_ranks(Session& session, const Arguments& arguments) {
        {extra_key::kTokenizerKind, extra_key::kTokenizer, extra_key::kPairTemplate}) {
     if (checkpoint.info.extra.contains(key)) info.extra[key] = checkpoint.info.extra.at(key);
   }
+  session.together([&] {
+    ARCUS_REQUIRE(arguments.data.empty() || std::filesystem::exists(arguments.data), ExitCode::data,
+                  "--data {}: no such folder", arguments.data);
+  });
+  ProbeTexts texts;
+  if (arguments.check) {
+    texts = choose_probe_texts(session, arguments.data.empty() ? before.run.data : arguments.data,
+                               before, upcycling->model().vocab_size);
+  }
   NewRun run(session, arguments.out);
   const UnitReader read = read_from(checkpoint, before.lora);
   const SaveReport report = run.save(info, portable_tensors(after), [&](const TensorSpec& spec) {
@@ -124,8 +140,6 @@ ExitCode run_on_ranks(Session& session, const Arguments& arguments) {
     if (!reason.empty()) spdlog::warn("what is trained from it cannot be exported: {}", reason);
   }
   if (!arguments.check) return ExitCode::ok;
-  const ProbeTexts texts = choose_probe_texts(
-      session, arguments.data.empty() ? before.run.data : arguments.data, before, m.vocab_size);
   std::int64_t longest = 1;
   for (const auto& ids : texts.ids) longest = std::max(longest, std::ssize(ids));
   const auto probe_checkpoint = [&](const std::filesystem::path& path) {

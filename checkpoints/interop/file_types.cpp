@@ -220,4 +220,13 @@ void decode(FileType type, std::string_view bytes, std::span<float> out) {
   }
 }
 
+bool all_finite(std::span<const float> values) {
+  // An exponent of all ones; branchless, so that it vectorises.
+  std::uint32_t bad = 0;
+  for (const float value : values) {
+    bad |= (std::bit_cast<std::uint32_t>(value) & 0x7f800000U) == 0x7f800000U ? 1U : 0U;
+  }
+  return bad == 0;
+}
+
 }  // namespace arcus

@@ -249,6 +249,10 @@ DescribedModel read_gguf_config(const GgufFile& file, const std::set<std::string
     m.num_experts = 2;
     m.topk = 2;
   }
+  for (const std::string& key : ignored) {
+    ARCUS_REQUIRE(file.has(key), ExitCode::usage, "--ignore-key {}: {} has no such key", key,
+                  keys.source());
+  }
   for (const std::string& key : keys.unused()) {
     ARCUS_REQUIRE(ignored.contains(key), ExitCode::data,
                   "{}: the key {} is unknown, so the model may compute what Arcus does not; if it "

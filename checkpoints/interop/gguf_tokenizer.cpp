@@ -455,10 +455,30 @@ std::vector<std::pair<std::string, GgufValue>> gguf_tokenizer_keys(const Tokeniz
   return keys_of(v);
 }
 
+namespace {
+
+/// The tokenizer "bytes", where the keys are those that it is written as; else null.
+std::unique_ptr<Tokenizer> bytes_from(const Keys& keys) {
+  const auto* tokens = find<std::vector<std::string>>(keys, "tokenizer.ggml.tokens");
+  if (tokens == nullptr || tokens->size() < 256 || tokens->size() > (1U << 24)) return nullptr;
+  auto bytes = load_tokenizer("bytes", "");
+  for (const auto& [key, value] :
+       gguf_tokenizer_keys(*bytes, static_cast<std::int64_t>(tokens->size()))) {
+    const auto found = keys.find(key);
+    if (found == keys.end() || found->second != value) return nullptr;
+  }
+  return bytes;
+}
+
+}  // namespace
+
 std::unique_ptr<Tokenizer> tokenizer_from_gguf_keys(const Keys& keys) {
   const std::string* model = find<std::string>(keys, "tokenizer.ggml.model");
   if (model == nullptr || *model == "none") return nullptr;
-  if (*model == "gpt2") return byte_level_from(keys);
+  if (*model == "gpt2") {
+    if (auto bytes = bytes_from(keys)) return bytes;
+    return byte_level_from(keys);
+  }
   if (*model == "llama") return sentencepiece_from(keys);
   ARCUS_FAIL(ExitCode::data,
              "the GGUF vocabulary is of the kind \"{}\" (tokenizer.ggml.model); gpt2 and llama are "

@@ -169,7 +169,10 @@ void read_rope_object(Keys& keys, const std::string& key, ModelConfig& m) {
   const std::string kind = type == rope->end() || !type->is_string() ? "default" : *type;
   keys.refuse_unless(kind == "default" || kind == "linear" || kind == "llama3", key,
                      "the types default, linear and llama3 are");
-  m.rope_theta = number("rope_theta", m.rope_theta);
+  const double theta = number("rope_theta", m.rope_theta);
+  keys.refuse_unless(!keys.has("rope_theta") || theta == m.rope_theta, "rope_theta",
+                     fmt::format("{} says {}; one of the two is wrong", key, theta));
+  m.rope_theta = theta;
   m.partial_rotary_factor = number("partial_rotary_factor", m.partial_rotary_factor);
   if (kind == "default") return;
   m.rope_scaling = kind;
@@ -411,13 +414,17 @@ DescribedModel read_hf_config(std::string_view text, const std::string& source,
     m.topk = 2;
   }
   refuse_features(keys, d);
+  for (const std::string& key : ignored) {
+    ARCUS_REQUIRE(keys.has(key), ExitCode::usage, "--ignore-key {}: {} has no such key", key,
+                  source);
+    if (!changes_nothing(key)) d.notes.push_back(fmt::format("{} was ignored as asked", key));
+  }
   for (const std::string& key : keys.unused()) {
     if (changes_nothing(key)) continue;
-    ARCUS_REQUIRE(ignored.contains(key), ExitCode::data,
-                  "{}: the key {} = {} is unknown, so the model may compute what Arcus does not; "
-                  "if it has no part in that, give --ignore-key {}",
-                  source, key, keys.shown(keys.value(key)), key);
-    d.notes.push_back(fmt::format("{} was ignored as asked", key));
+    ARCUS_FAIL(ExitCode::data,
+               "{}: the key {} = {} is unknown, so the model may compute what Arcus does not; "
+               "if it has no part in that, give --ignore-key {}",
+               source, key, keys.shown(keys.value(key)), key);
   }
   check_described(d, source);
   return d;

@@ -25,6 +25,9 @@ std::int64_t bytes_of(FileType type, std::int64_t elements);
 std::uint16_t f16_from_float(float value);
 float float_from_f16(std::uint16_t bits);
 
+/// Whether none is infinite or not a number.
+bool all_finite(std::span<const float> values);
+
 /// A tensor of a file.
 struct FileTensor {
   std::string name;

@@ -154,6 +154,40 @@ FileTexts spm_files(const Tokenizer& tokenizer, std::int64_t vocab_size) {
   return files;
 }
 
+/// One past the largest id of a tokenizer.json, as far as it is one that was made here.
+std::int64_t num_ids(const std::string& text) {
+  const nlohmann::json root = parse_checked_json("tokenizer.json", text);
+  std::int64_t ids = 0;
+  const auto see = [&](const nlohmann::json& id) {
+    if (id.is_number_integer()) ids = std::max(ids, id.get<std::int64_t>() + 1);
+  };
+  if (root.contains("model") && root["model"].is_object() && root["model"].contains("vocab") &&
+      root["model"]["vocab"].is_object()) {
+    for (const auto& entry : root["model"]["vocab"].items()) see(entry.value());
+  }
+  if (root.contains("added_tokens") && root["added_tokens"].is_array()) {
+    for (const nlohmann::json& token : root["added_tokens"]) {
+      if (token.is_object() && token.contains("id")) see(token["id"]);
+    }
+  }
+  return ids;
+}
+
+/// The tokenizer of Arcus that the files were made from; null where there is none, or where
+/// somebody changed tokenizer.json since, which then counts.
+std::unique_ptr<Tokenizer> own_tokenizer(const FileTexts& files) {
+  const std::string kind = config_text(files, "arcus_kind");
+  const bool spm = kind == "spm" && files.contains("tokenizer.model");
+  if ((kind != "bytes" && !spm) || !files.contains("tokenizer.json")) return nullptr;
+  constexpr std::int64_t kMostIds = std::int64_t{1} << 24;
+  const std::int64_t ids = num_ids(files.at("tokenizer.json"));
+  auto own = load_tokenizer(kind, spm ? files.at("tokenizer.model") : std::string());
+  if (ids < own->vocab_size() || ids > kMostIds) return nullptr;
+  const FileTexts made = spm ? spm_files(*own, ids) : bytes_files(ids);
+  if (made.at("tokenizer.json") != files.at("tokenizer.json")) return nullptr;
+  return own;
+}
+
 }  // namespace
 
 const std::vector<std::string>& hf_tokenizer_file_names() {
@@ -169,11 +203,7 @@ std::unique_ptr<Tokenizer> tokenizer_from_hf(const FileTexts& given) {
   for (const std::string& name : hf_tokenizer_file_names()) {
     if (given.contains(name)) files[name] = given.at(name);
   }
-  const std::string own = config_text(files, "arcus_kind");
-  if (own == "bytes") return load_tokenizer("bytes", "");
-  if (own == "spm" && files.contains("tokenizer.model")) {
-    return load_tokenizer("spm", files.at("tokenizer.model"));
-  }
+  if (auto own = own_tokenizer(files)) return own;
   const bool has_model = files.contains("tokenizer.model");
   if (files.contains("tokenizer.json") && (!has_model || is_bpe(files.at("tokenizer.json")))) {
     return bundled("tokenizer_json", files);

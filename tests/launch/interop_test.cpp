@@ -141,8 +141,21 @@ TEST_F(Interop, NothingIsReplacedWithoutBeingTold) {
   fs::create_directories(run_dir("other"));
   std::ofstream(run_dir("other") / "thesis.txt") << "years of work";
   expect_refused("export --checkpoint " + path("head") + " --to hf --force --out " + path("other"),
-                 65, "is no exported model");
+                 65, "no part of an exported model");
   EXPECT_TRUE(fs::exists(run_dir("other") / "thesis.txt"));
+  // A run inside an export, the source above all, is nobody's to take away.
+  fs::create_directories(run_dir("twice") / "checkpoints");
+  expect_refused(hf + " --force", 65, "no part of an exported model");
+  fs::remove(run_dir("twice") / "checkpoints");
+  const std::string notes = path("other") + "/thesis.txt";
+  expect_refused("export --checkpoint " + path("head") + " --to gguf --force --out " + notes, 65,
+                 "is no GGUF file");
+  expect_refused("eval " + path("head") + " --ids " + notes + " --logits " + notes, 65, "thesis");
+  std::ofstream(run_dir("some.txt")) << "1 2 3";
+  expect_refused("eval " + path("head") + " --ids " + path("some.txt") + " --logits " + notes, 65,
+                 "is no HDF5 file");
+  EXPECT_EQ(read_file(notes), "years of work");
+  expect_refused("import --from " + path("twice") + " --out " + path("other"), 64, "thesis.txt");
   expect_refused("import --from " + path("twice") + " --out " + path("head"), 64,
                  "holds checkpoints of a run already");
 }
@@ -217,6 +230,36 @@ TEST_F(Interop, UpcyclingKeepsWhatTheDenseModelComputes) {
   expect_refused("upcycle --from " + path("head") + " --experts 4 --topk 2 --out " + path("never"),
                  64, "arcus convert");
   EXPECT_FALSE(fs::exists(run_dir("never")));
+}
+
+// A report belongs to the export beside it.
+TEST_F(Interop, AnExportThatIsNotVerifiedLeavesNoReportOfAnother) {
+  train_once("head", "--set model.qk_norm=head");
+  const std::string gguf =
+      "export --checkpoint " + path("head") + " --to gguf --out " + path("r.gguf");
+  EXPECT_EQ(arcus(0, gguf).code, 0);
+  EXPECT_TRUE(fs::exists(run_dir("r.gguf.report.json")));
+  EXPECT_EQ(arcus(0, gguf + " --force --no-verify").code, 0);
+  EXPECT_FALSE(fs::exists(run_dir("r.gguf.report.json")));
+  // The tokenizer of bytes comes back as it went.
+  EXPECT_EQ(arcus(0, "import --from " + path("r.gguf") + " --out " + path("bytes_again")).code, 0);
+  EXPECT_EQ(arcus(0, "eval " + path("bytes_again") + " --data " + data()).code, 0);
+  fs::create_directories(run_dir("s.gguf.report.json.partial"));
+  const ShellResult full =
+      arcus(0, "export --checkpoint " + path("head") + " --to gguf --out " + path("s.gguf"));
+  EXPECT_NE(full.code, 0);
+  EXPECT_FALSE(fs::exists(run_dir("s.gguf"))) << full.out;
+}
+
+TEST_F(Interop, TwoExportsToOneFileDoNotMix) {
+  train_once("head", "--set model.qk_norm=head");
+  const std::string gguf = std::string(ARCUS_BINARY) + " export --checkpoint " + path("head") +
+                           " --to gguf --out " + path("race.gguf");
+  const ShellResult both =
+      shell(gguf + " & " + gguf + "; wait; ls " + path(".") + "; " + ARCUS_BINARY +
+            " import --from " + path("race.gguf") + " --out " + path("raced"));
+  EXPECT_EQ(both.code, 0) << both.out;
+  EXPECT_FALSE(fs::exists(run_dir("race.gguf.partial"))) << both.out;
 }
 
 TEST_F(Interop, BadIdsAreRefused) {
