@@ -102,6 +102,7 @@ bool unspell_bytes(std::string_view spelled, std::string& bytes) {
 }
 
 struct JsonTokenizer::Model {
+  std::size_t bytes;  ///< of the file
   json root;
   IdOfText vocab;
   std::vector<std::pair<std::string, std::string>> merges;
@@ -124,7 +125,8 @@ struct JsonTokenizer::Model {
   void read_merges(const json& node);
 };
 
-JsonTokenizer::Model::Model(const std::string& text) : root(parse_checked_json(kFile, text)) {
+JsonTokenizer::Model::Model(const std::string& text)
+    : bytes(text.size()), root(parse_checked_json(kFile, text)) {
   ARCUS_REQUIRE(root.is_object() && part("model").is_object(), ExitCode::data,
                 "{}: it has no \"model\"", kFile);
   const json& model = part("model");
@@ -180,7 +182,7 @@ JsonTokenizer::JsonTokenizer(TokenizerFiles files) : files_(std::move(files)) {
                 "{}: neither is the pre_tokenizer ByteLevel nor is byte_fallback true: text would "
                 "be lost",
                 kFile);
-  read_added_tokens(model, kFile);
+  read_added_tokens(model);
   find_eos(model);
   read_texts(model);
   read_decoder(model);
@@ -190,27 +192,27 @@ JsonTokenizer::JsonTokenizer(TokenizerFiles files) : files_(std::move(files)) {
 
 JsonTokenizer::~JsonTokenizer() = default;
 
-void JsonTokenizer::read_added_tokens(const Model& model, const std::string& file) {
+void JsonTokenizer::read_added_tokens(const Model& model) {
   const json& list = model.part("added_tokens");
   if (list.is_null()) return;
-  ARCUS_REQUIRE(list.is_array(), ExitCode::data, "{}: \"added_tokens\" is no list", file);
+  ARCUS_REQUIRE(list.is_array(), ExitCode::data, "{}: \"added_tokens\" is no list", kFile);
   std::unordered_set<std::string> seen;
   for (const json& node : list) {
     AddedToken token;
-    token.content = json_text(file, node, "content");
+    token.content = json_text(kFile, node, "content");
     token.id = read_id(node.contains("id") ? node.at("id") : json(), token.content,
                        model.vocab.size() + list.size());
-    token.special = json_flag(file, node, "special", false);
-    token.normalized = json_flag(file, node, "normalized", !token.special);
-    token.single_word = json_flag(file, node, "single_word", false);
-    token.lstrip = json_flag(file, node, "lstrip", false);
-    token.rstrip = json_flag(file, node, "rstrip", false);
+    token.special = json_flag(kFile, node, "special", false);
+    token.normalized = json_flag(kFile, node, "normalized", !token.special);
+    token.single_word = json_flag(kFile, node, "single_word", false);
+    token.lstrip = json_flag(kFile, node, "lstrip", false);
+    token.rstrip = json_flag(kFile, node, "rstrip", false);
     const std::int32_t known = model.id_of(token.content);
     ARCUS_REQUIRE(known < 0 || known == token.id, ExitCode::data,
-                  "{}: added token \"{}\" has id {}, in the vocabulary it has {}", file,
+                  "{}: added token \"{}\" has id {}, in the vocabulary it has {}", kFile,
                   excerpt(token.content), token.id, known);
     ARCUS_REQUIRE(!token.content.empty() && seen.insert(token.content).second, ExitCode::data,
-                  "{}: added token \"{}\" is empty or listed twice", file, excerpt(token.content));
+                  "{}: added token \"{}\" is empty or listed twice", kFile, excerpt(token.content));
     added_.push_back(std::move(token));
   }
 }
@@ -282,7 +284,15 @@ void JsonTokenizer::read_decoder(const Model& model) {
   }
   const auto replace = [&](const std::string& from, const std::string& to) {
     ARCUS_REQUIRE(!from.empty(), ExitCode::data, "{}: a decoder replaces an empty text", kFile);
-    for (std::string& text : texts_) replace_in(text, from, to);
+    std::size_t total = 0;
+    for (std::string& text : texts_) {
+      const std::size_t before = text.size();
+      replace_in(text, from, to);
+      total += text.size();
+      // Real ones write a blank for U+2581.
+      ARCUS_REQUIRE(text.size() <= 4 * before + 64 && total <= 4 * model.bytes, ExitCode::data,
+                    "{}: a decoder makes more than four times the text of the tokens", kFile);
+    }
   };
   for (const json* step : steps) {
     const std::string type = json_text(kFile, *step, "type");

@@ -62,7 +62,7 @@ class JsonTokenizer final : public Tokenizer {
   struct Call;   ///< one call of encode
   using Scratch = BpeModel::Scratch;
 
-  void read_added_tokens(const Model& model, const std::string& file);
+  void read_added_tokens(const Model& model);
   void read_texts(const Model& model);
   void read_decoder(const Model& model);
   void find_eos(const Model& model);

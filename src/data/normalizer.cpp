@@ -15,6 +15,8 @@ namespace {
 
 using nlohmann::json;
 
+constexpr std::size_t kMostSteps = 8;
+
 /// Characters that no normalisation changes and that combine with nothing before them.
 bool is_plain(std::uint32_t c) {
   return c < 0x300 || (c >= 0x400 && c < 0x483) || (c >= 0x3041 && c < 0x3097) ||
@@ -46,11 +48,15 @@ std::string nfc(std::string_view text) {
 std::string replace_all(std::string_view text, const std::string& from, const std::string& to) {
   std::string result;
   result.reserve(text.size() + text.size() / 4);
+  // Steps of a hostile file may double a text again and again; blanks become three bytes.
+  const std::size_t most = 8 * text.size() + 1024;
   for (std::size_t at = 0;;) {
     const std::size_t found = text.find(from, at);
     result += text.substr(at, found - at);
     if (found == std::string_view::npos) return result;
     result += to;
+    ARCUS_REQUIRE(result.size() <= most, ExitCode::data,
+                  "the tokenizer's normalizer makes more than {} bytes of {}", most, text.size());
     at = found + from.size();
   }
 }
@@ -63,6 +69,8 @@ Normalizer::Normalizer(const std::string& file, const json& node) {
 
 void Normalizer::add(const std::string& file, const json& node) {
   const std::string type = json_text(file, node, "type");
+  ARCUS_REQUIRE(steps_.size() < kMostSteps, ExitCode::data,
+                "{}: a normalizer of more than {} steps is not supported", file, kMostSteps);
   if (type == "Sequence") {
     const auto parts = node.find("normalizers");
     ARCUS_REQUIRE(parts != node.end() && parts->is_array(), ExitCode::data,

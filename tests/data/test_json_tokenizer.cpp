@@ -374,6 +374,19 @@ TEST(JsonTokenizer, NamesWhatIsWrongOrNotSupported) {
   refuse({"end_of_word_suffix"}, [](json& j) { j["model"]["end_of_word_suffix"] = "</w>"; });
   refuse({"normalizer", "Lowercase"}, [](json& j) { j["normalizer"] = {{"type", "Lowercase"}}; });
   refuse({"decoder", "WordPiece"}, [](json& j) { j["decoder"] = {{"type", "WordPiece"}}; });
+  refuse({"decoder makes more"}, [](json& j) {
+    j["pre_tokenizer"] = nullptr;
+    j["model"]["byte_fallback"] = true;
+    for (int byte = 0; byte < 256; ++byte) {
+      j["model"]["vocab"].emplace(fmt::format("<0x{:02X}>", byte), 400 + byte);
+    }
+    json twice = {{"type", "Replace"}, {"pattern", {{"String", "a"}}}, {"content", "aa"}};
+    j["decoder"] = {{"type", "Sequence"}, {"decoders", std::vector<json>(64, twice)}};
+  });
+  refuse({"more than 8 steps"}, [](json& j) {
+    json twice = {{"type", "Replace"}, {"pattern", {{"String", "a"}}}, {"content", "aa"}};
+    j["normalizer"] = {{"type", "Sequence"}, {"normalizers", std::vector<json>(64, twice)}};
+  });
   refuse({"text would be lost"}, [](json& j) { j["pre_tokenizer"] = nullptr; });
   refuse({"<0x00>"}, [](json& j) {
     j["pre_tokenizer"] = nullptr;
