@@ -157,8 +157,7 @@ TEST_F(Faults, AFolderThatTakesNoMoreFilesCostsNoCheckpointThatWasThere) {
         faulty(2, "RANK=0 CALL=300 ERRNO=" + std::to_string(number), saving(run));
     EXPECT_EQ(result.code, 66) << result.out;
     // The last save of a run is told of in other words; on a busy machine it may be the one.
-    EXPECT_TRUE(contains(result.out, "was not saved") ||
-                contains(result.out, "could not be saved"))
+    EXPECT_TRUE(contains(result.out, "was not saved") || contains(result.out, "could not be saved"))
         << result.out;
     EXPECT_TRUE(contains(result.out, text)) << result.out;
     EXPECT_EQ(arcus(0, "inspect --verify " + run_dir(run).string()).code, 0);
