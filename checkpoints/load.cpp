@@ -64,15 +64,6 @@ std::string describe(const TensorSpec& spec) {
                      spec.num_units);
 }
 
-/// "a, b, c and 12 more".
-std::string list_names(const std::vector<std::string>& names) {
-  constexpr std::size_t kShown = 5;
-  const std::span shown(names.data(), std::min(names.size(), kShown));
-  std::string text = fmt::format("{}", fmt::join(shown, ", "));
-  if (names.size() > kShown) text += fmt::format(" and {} more", names.size() - kShown);
-  return text;
-}
-
 }  // namespace
 
 TensorReader::~TensorReader() {

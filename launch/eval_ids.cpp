@@ -64,15 +64,6 @@ void check_ids(const Texts& texts, std::int64_t vocab_size, const std::string& p
   }
 }
 
-/// The loss of the token after row `t` of a text.
-double next_token_loss(std::span<const float> logits, std::int32_t next) {
-  double most = logits[0];
-  for (const float x : logits) most = std::max(most, static_cast<double>(x));
-  double sum = 0;
-  for (const float x : logits) sum += std::exp(static_cast<double>(x) - most);
-  return most + std::log(sum) - static_cast<double>(logits[static_cast<std::size_t>(next)]);
-}
-
 /// Writes logits as they come; a file that is not finished is removed.
 class LogitsFile {
  public:

@@ -229,7 +229,7 @@ class Export {
     source_.type = file_type_from_name(arguments_.dtype);
     checkpoint_ = open_checkpoint(locate_checkpoint(arguments_.checkpoint));
     config_ = from_toml(checkpoint_.info.config_text, "the checkpoint's configuration");
-    const ModelConfig model = stored_model();
+    const ModelConfig model = stored_model(checkpoint_, config_);
     source_.model = portable_model(config_, model);
     source_.family = &choose_family(source_.model, target_, arguments_.family);
     source_.read = read_from(checkpoint_, config_.lora);
@@ -255,14 +255,6 @@ class Export {
     output_.emplace(arguments_.out, target_, arguments_.force);
   }
 
-  /// The configuration's model with the vocabulary that the checkpoint has.
-  ModelConfig stored_model() const {
-    const StoredTensor* embedding = checkpoint_.find("model.embed_tokens.weight");
-    ARCUS_REQUIRE(embedding != nullptr, ExitCode::checkpoint, "{} holds no model",
-                  checkpoint_.path.string());
-    return resolve(config_.model, embedding->spec.shape[0]);
-  }
-
   std::string default_name() const {
     const fs::path run = fs::absolute(checkpoint_.path).parent_path().parent_path();
     return run.filename().string();
@@ -284,8 +276,7 @@ class Export {
     });
     const ProbeTexts texts =
         choose_probe_texts(session_, data, config_, source_.model.model.vocab_size);
-    std::int64_t longest = 1;
-    for (const auto& ids : texts.ids) longest = std::max(longest, std::ssize(ids));
+    const std::int64_t longest = texts.longest();
     ProbeResult before = probe_checkpoint(texts, longest);
     if (config_.lora.active()) {
       ProbeResult merged = probe_units(source_.model, source_.read, texts, longest);
@@ -341,7 +332,6 @@ class Export {
     report_.text_source = texts.source;
     report_.tensors = compare_tensors(source_, files);
     report_.model = compare(before, after);
-    report_.bias_shifted = shifts_expert_bias(source_);
     ARCUS_REQUIRE(report_.tensors.not_finite.empty(), ExitCode::checkpoint,
                   "{}: {} holds numbers that are not finite; such a model is not exported",
                   checkpoint_.path.string(), report_.tensors.not_finite);

@@ -23,19 +23,17 @@ float rounded(FileType type, float value) {
   return type == FileType::bf16 ? static_cast<float>(bf16(value)) : value;
 }
 
-/// Logits of one model before and after its adapters are merged differ by rounding: by so much
-/// where their standard deviation is at most 1.
+/// Logits of one model before and after its adapters are merged differ by rounding, by so much.
 constexpr double kMergingRounds = 1e-4;
 /// Two experts whose scores are that close are rare.
 constexpr double kMergingMoves = 1e-2;
 
 std::string failure_of_merging(const ProbeDifference& d) {
-  const double most = kMergingRounds * std::max(1.0, d.logit_std);
-  if (!(d.max_settled_logit <= most)) {
+  if (!(d.max_settled_logit <= kMergingRounds)) {
     return fmt::format(
         "merging the adapters changes logits by up to {:.3g}, more than the {:.3g} "
         "that rounding explains",
-        d.max_settled_logit, most);
+        d.max_settled_logit, kMergingRounds);
   }
   if (static_cast<double>(d.moved) > kMergingMoves * static_cast<double>(d.choices)) {
     return fmt::format("merging the adapters moves {} of {} choices of experts", d.moved,
@@ -187,7 +185,7 @@ std::string ExportReport::failure() const {
   }
   const double allowed = allowed_loss_difference(source->type);
   if (source->type == FileType::f32) {
-    if (!bias_shifted && !model.logits_equal) {
+    if (tensors.shifted == 0 && !model.logits_equal) {
       return fmt::format("logits differ by up to {:.3g} though all tensors are equal",
                          model.max_logit);
     }
@@ -267,11 +265,9 @@ std::string model_card(const ExportSource& source, const ExportReport* report,
         std::exp(report->model.loss_after));
     for (const std::string& note : report->notes) text += "- " + note + "\n";
   }
-  if (source.family->name == "glm4_moe" || source.family->exported) {
-    text +=
-        "\nUpstream's converter to GGUF knows no newly trained vocabulary; `arcus export --to "
-        "gguf` writes the GGUF file.\n";
-  }
+  text +=
+      "\nUpstream's converter to GGUF knows no newly trained vocabulary; `arcus export --to gguf` "
+      "writes the GGUF file.\n";
   return text + "\n## Configuration\n\n```toml\n" + config_text + "```\n";
 }
 

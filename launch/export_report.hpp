@@ -33,7 +33,6 @@ struct ExportReport {
   ProbeDifference model;
   /// Of a run with adapters: the model as it was trained, beside the merged one that is written.
   std::optional<ProbeDifference> merging;
-  bool bias_shifted = false;
   std::vector<std::string> notes;
 
   /// Why the export is not what it should be, "" = it is.

@@ -62,15 +62,6 @@ bool matches(const std::vector<std::regex>& patterns, const std::string& name) {
                      [&](const std::regex& pattern) { return std::regex_search(name, pattern); });
 }
 
-/// "a, b, c and 12 more".
-std::string list_names(const std::vector<std::string>& names) {
-  constexpr std::size_t kShown = 5;
-  const std::span shown(names.data(), std::min(names.size(), kShown));
-  std::string text = fmt::format("{}", fmt::join(shown, ", "));
-  if (names.size() > kShown) text += fmt::format(" and {} more", names.size() - kShown);
-  return text;
-}
-
 /// One line for each key that differs, once.
 class Differences {
  public:

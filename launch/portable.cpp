@@ -6,11 +6,19 @@
 #include "src/base/error.hpp"
 
 namespace arcus {
+
 PortableModel portable_model(const Config& config, const ModelConfig& resolved) {
   return {.model = resolved,
           .routing = config.routing,
           .overrides = resolve_overrides(config),
           .context_length = std::max(resolved.max_positions, config.train.seq_len)};
+}
+
+ModelConfig stored_model(const Checkpoint& checkpoint, const Config& config) {
+  const StoredTensor* embedding = checkpoint.find("model.embed_tokens.weight");
+  ARCUS_REQUIRE(embedding != nullptr, ExitCode::checkpoint, "{} holds no model",
+                checkpoint.path.string());
+  return resolve(config.model, embedding->spec.shape[0]);
 }
 
 std::string why_not_exportable(const Config& config, const ModelConfig& resolved) {

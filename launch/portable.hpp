@@ -13,6 +13,10 @@ namespace arcus {
 /// A configuration's model as other programs need to know it.
 PortableModel portable_model(const Config& config, const ModelConfig& resolved);
 
+/// The model that a checkpoint holds: its configuration's, with the vocabulary of its embedding.
+/// Throws (checkpoint) where there is none.
+ModelConfig stored_model(const Checkpoint& checkpoint, const Config& config);
+
 /// One line where no family represents the model, "" where one does.
 std::string why_not_exportable(const Config& config, const ModelConfig& resolved);
 

@@ -54,18 +54,17 @@ std::vector<std::vector<std::int32_t>> held_out_texts(const TokenDataset& datase
   return texts;
 }
 
-double log_sum_exp(std::span<const float> row) {
-  const double most = *std::ranges::max_element(row);
-  double sum = 0;
-  for (const float x : row) sum += std::exp(static_cast<double>(x) - most);
-  return most + std::log(sum);
-}
-
 }  // namespace
 
 std::int64_t ProbeTexts::num_tokens() const {
   return std::accumulate(ids.begin(), ids.end(), std::int64_t{0},
                          [](std::int64_t n, const auto& text) { return n + std::ssize(text); });
+}
+
+std::int64_t ProbeTexts::longest() const {
+  std::int64_t most = 1;
+  for (const auto& text : ids) most = std::max(most, std::ssize(text));
+  return most;
 }
 
 ProbeTexts choose_probe_texts(Session& session, const std::string& data, const Config& config,
@@ -108,8 +107,7 @@ ProbeResult probe(ModelInstance& instance, const ProbeTexts& texts) {
       result.begins_text.push_back(first + row == 0);
       const auto next = static_cast<std::size_t>(first + row + 1);
       if (next >= ids.size()) continue;
-      result.token_loss.push_back(log_sum_exp(values) -
-                                  static_cast<double>(values[static_cast<std::size_t>(ids[next])]));
+      result.token_loss.push_back(next_token_loss(values, ids[next]));
     }
   };
   const auto observe = [&](std::int64_t, const MicroBatch& batch, const Routing& routing) {

@@ -15,6 +15,7 @@ struct ProbeTexts {
   std::vector<std::vector<std::int32_t>> ids;
   std::string source;  ///< where they are from, for people
   std::int64_t num_tokens() const;
+  std::int64_t longest() const;  ///< tokens of the longest text
 };
 /// Held-out text of the data set `data`, a part of every domain; where `data` is "" or is not
 /// there, seeded random ids. Few enough tokens that their logits fit into memory. Every rank gets

@@ -101,10 +101,7 @@ ExitCode run_on_ranks(Session& session, const Arguments& arguments) {
   session.together([&] {
     checkpoint = open_checkpoint(locate_checkpoint(arguments.from));
     before = from_toml(checkpoint.info.config_text, "the checkpoint's configuration");
-    const StoredTensor* embedding = checkpoint.find("model.embed_tokens.weight");
-    ARCUS_REQUIRE(embedding != nullptr, ExitCode::checkpoint, "{} holds no model",
-                  checkpoint.path.string());
-    const ModelConfig dense = resolve(before.model, embedding->spec.shape[0]);
+    const ModelConfig dense = stored_model(checkpoint, before);
     config = upcycled_config(arguments, before, dense);
     upcycling.emplace(dense, config.routing, arguments.options);
   });
@@ -140,8 +137,7 @@ ExitCode run_on_ranks(Session& session, const Arguments& arguments) {
     if (!reason.empty()) spdlog::warn("what is trained from it cannot be exported: {}", reason);
   }
   if (!arguments.check) return ExitCode::ok;
-  std::int64_t longest = 1;
-  for (const auto& ids : texts.ids) longest = std::max(longest, std::ssize(ids));
+  const std::int64_t longest = texts.longest();
   const auto probe_checkpoint = [&](const std::filesystem::path& path) {
     LoadedModel loaded = load_for_logits(session, path, {}, longest, /*exact=*/true);
     return probe(*loaded.instance, texts);

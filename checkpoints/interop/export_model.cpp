@@ -137,16 +137,6 @@ std::int64_t export_bytes(const ExportSource& source, Target target) {
   return bytes;
 }
 
-bool shifts_expert_bias(const ExportSource& source) {
-  for (const PlannedTensor& planned : plan_of(source, Target::gguf)) {
-    if (!planned.shift_to_zero) continue;
-    std::vector<float> bias(static_cast<std::size_t>(planned.num_elements()));
-    source.read(planned.pieces.front(), bias);
-    if (*std::ranges::min_element(bias) < 0) return true;
-  }
-  return false;
-}
-
 void write_hf(const ExportSource& source, const fs::path& directory, const ExportProgress& progress,
               std::int64_t shard_bytes) {
   files::write_synced(
@@ -155,8 +145,8 @@ void write_hf(const ExportSource& source, const fs::path& directory, const Expor
   files::write_synced(directory / "generation_config.json",
                       hf_generation_config_text(eos_of(source)));
   if (source.tokenizer != nullptr) {
-    for (const auto& [name, text] : hf_tokenizer_files(
-             *source.tokenizer, source.model.model.vocab_size, source.tokenizer_files)) {
+    for (const auto& [name, text] :
+         hf_tokenizer_files(*source.tokenizer, source.model.model.vocab_size)) {
       files::write_synced(directory / name, text);
     }
   }
@@ -184,8 +174,7 @@ void write_hf(const ExportSource& source, const fs::path& directory, const Expor
 void write_gguf(const ExportSource& source, const fs::path& file, const ExportProgress& progress) {
   GgufKeys keys = gguf_model_keys(source.model, *source.family, source.type, source.name);
   if (source.tokenizer != nullptr) {
-    for (auto& key : gguf_tokenizer_keys(*source.tokenizer, source.model.model.vocab_size,
-                                         source.tokenizer_files)) {
+    for (auto& key : gguf_tokenizer_keys(*source.tokenizer, source.model.model.vocab_size)) {
       keys.push_back(std::move(key));
     }
   } else {

@@ -19,7 +19,6 @@ struct ExportSource {
   std::string name;               ///< for people
   UnitReader read;
   const Tokenizer* tokenizer = nullptr;  ///< null: none is written
-  FileTexts tokenizer_files;             ///< of an imported model, kept verbatim
 };
 
 /// Told of bytes written, of bytes in all.
@@ -34,9 +33,6 @@ void write_hf(const ExportSource& source, const std::filesystem::path& directory
 void write_gguf(const ExportSource& source, const std::filesystem::path& file,
                 const ExportProgress& progress);
 
-/// Whether the numbers of the gates' biases are written shifted (PlannedTensor::shift_to_zero, and
-/// one of them is below zero).
-bool shifts_expert_bias(const ExportSource& source);
 /// Bytes of all tensors.
 std::int64_t export_bytes(const ExportSource& source, Target target);
 

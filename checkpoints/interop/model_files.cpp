@@ -55,17 +55,6 @@ std::string shape_text(const std::vector<std::int64_t>& shape) {
   return fmt::format("[{}]", fmt::join(shape, ", "));
 }
 
-/// "a, b and 7 more".
-std::string some_of(const std::vector<std::string>& names) {
-  constexpr std::size_t kShown = 4;
-  std::string text;
-  for (std::size_t i = 0; i < std::min(kShown, names.size()); ++i) {
-    text += (i > 0 ? ", " : "") + names[i];
-  }
-  if (names.size() > kShown) text += fmt::format(" and {} more", names.size() - kShown);
-  return text;
-}
-
 /// Without dimensions of one, which programs add and leave out.
 std::vector<std::int64_t> essential(std::vector<std::int64_t> shape) {
   std::erase(shape, 1);
@@ -249,11 +238,12 @@ void ModelFiles::place(const std::vector<PlannedTensor>& plan) {
   std::vector<std::string> unused;
   for (const auto& [name, tensor] : found_) unused.push_back(name);
   ARCUS_REQUIRE(
-      missing.empty(), ExitCode::data, "{}: tensors are missing: {}{}", source_, some_of(missing),
-      unused.empty() ? "" : fmt::format("; these are there instead: {}", some_of(unused)));
+      missing.empty(), ExitCode::data, "{}: tensors are missing: {}{}", source_,
+      list_names(missing),
+      unused.empty() ? "" : fmt::format("; these are there instead: {}", list_names(unused)));
   ARCUS_REQUIRE(unused.empty(), ExitCode::data,
                 "{}: tensors that a {} of this description does not have: {}; they would be lost",
-                source_, described_.family->name, some_of(unused));
+                source_, described_.family->name, list_names(unused));
   for (const TensorSpec& spec : specs_) {
     for (std::int64_t unit = 0; unit < spec.num_units; ++unit) {
       ARCUS_CHECK(places_.contains({spec.name, unit}), "{}[{}] has no place in {}", spec.name, unit,

@@ -1,8 +1,12 @@
 #include "src/base/state.hpp"
 
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <functional>
 #include <numeric>
+#include <span>
 
 namespace arcus {
 
@@ -31,6 +35,14 @@ RowRange block_range(const TensorSpec& spec, std::int64_t index) {
   const std::int64_t unit_begin = index / per_unit * spec.unit_rows();
   const std::int64_t begin = index % per_unit * block_rows(spec);
   return {unit_begin + begin, unit_begin + std::min(begin + block_rows(spec), spec.unit_rows())};
+}
+
+std::string list_names(const std::vector<std::string>& names) {
+  constexpr std::size_t kShown = 5;
+  const std::span shown(names.data(), std::min(names.size(), kShown));
+  std::string text = fmt::format("{}", fmt::join(shown, ", "));
+  if (names.size() > kShown) text += fmt::format(" and {} more", names.size() - kShown);
+  return text;
 }
 
 }  // namespace arcus

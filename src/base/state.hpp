@@ -23,6 +23,9 @@ struct TensorSpec {
   std::int64_t num_elements() const { return num_rows() * cols(); }
 };
 
+/// "a, b, c, d, e and 12 more", for messages.
+std::string list_names(const std::vector<std::string>& names);
+
 /// A *block* is the unit of gradient norms, ZeRO ownership and checkpoint hashes: the fewest whole
 /// rows that hold at least 2^16 elements; it never crosses a unit, so the last one of a unit may
 /// be shorter.

@@ -1,6 +1,7 @@
 #include "src/train/logits.hpp"
 
 #include <algorithm>
+#include <cmath>
 
 #include "src/train/batch.hpp"
 
@@ -26,6 +27,13 @@ struct PaddedText {
 };
 
 }  // namespace
+
+double next_token_loss(std::span<const float> logits, std::int32_t next) {
+  const double most = *std::ranges::max_element(logits);
+  double sum = 0;
+  for (const float x : logits) sum += std::exp(static_cast<double>(x) - most);
+  return most + std::log(sum) - static_cast<double>(logits[static_cast<std::size_t>(next)]);
+}
 
 void evaluate_logits(ModelInstance& instance, std::span<const std::vector<std::int32_t>> texts,
                      const TextLogitsConsumer& consume, const RoutingObserver& observer) {
