@@ -11,6 +11,21 @@
 namespace arcus::cpu {
 namespace {
 
+/// dx[i] = value(i) (+ residual[i]), rounded once; residual may be null.
+template <class T, class Value>
+void store_with_residual(T* dx, const T* residual, std::int64_t n, const Value& value) {
+  using A = Acc<T>;
+  if (residual == nullptr) {  // NOLINT(bugprone-branch-clone): it does not look into the loops
+#pragma omp simd
+    for (std::int64_t i = 0; i < n; ++i) store(dx[i], value(i));
+  } else {
+#pragma omp simd
+    for (std::int64_t i = 0; i < n; ++i) {
+      store(dx[i], value(i) + static_cast<A>(residual[i]));
+    }
+  }
+}
+
 constexpr std::int64_t kRowGrain = 16;
 
 std::int64_t heads_of(const ConstTensorView& x, const ConstTensorView& gain,
@@ -46,15 +61,7 @@ void norm_backward_group(T* dx, const T* dy, const T* residual, const T* x, cons
     const A x_hat = static_cast<A>(x[i]) * inv_rms;
     return inv_rms * (static_cast<A>(dy[i]) * gain[i] - x_hat * mean);
   };
-  if (residual == nullptr) {  // NOLINT(bugprone-branch-clone): it does not look into the loops
-#pragma omp simd
-    for (std::int64_t i = 0; i < n; ++i) store(dx[i], through_norm(i));
-  } else {
-#pragma omp simd
-    for (std::int64_t i = 0; i < n; ++i) {
-      store(dx[i], through_norm(i) + static_cast<A>(residual[i]));
-    }
-  }
+  store_with_residual(dx, residual, n, through_norm);
 }
 
 /// sums[c] = sum over rows [first, end) and heads of dy x_hat at column c of the group.
@@ -179,15 +186,7 @@ void layernorm_backward_row(const LayerNormBackward& args, std::int64_t t) {
   };
   T* dx = args.dx.row<T>(t);
   const T* residual = args.residual.empty() ? nullptr : args.residual.row<T>(t);
-  if (residual == nullptr) {  // NOLINT(bugprone-branch-clone): it does not look into the loops
-#pragma omp simd
-    for (std::int64_t i = 0; i < n; ++i) store(dx[i], through_norm(i));
-  } else {
-#pragma omp simd
-    for (std::int64_t i = 0; i < n; ++i) {
-      store(dx[i], through_norm(i) + static_cast<A>(residual[i]));
-    }
-  }
+  store_with_residual(dx, residual, n, through_norm);
 }
 
 /// sums[0..C) = sums over rows [first, end) of dy x_hat, sums[C..2C) = of dy.
