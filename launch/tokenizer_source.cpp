@@ -34,7 +34,7 @@ std::unique_ptr<Tokenizer> from_directory(const fs::path& given) {
   const fs::path dir = fs::is_directory(given) ? given : given.parent_path();
   ARCUS_REQUIRE(fs::is_directory(given) || given.filename() == "tokenizer.json", ExitCode::data,
                 "{} is neither a directory nor a tokenizer.json", given.string());
-  FileTexts files;
+  TokenizerFiles files;
   for (const std::string& name : hf_tokenizer_file_names()) {
     if (fs::exists(dir / name)) files[name] = read_all(dir / name);
   }
@@ -47,7 +47,7 @@ std::unique_ptr<Tokenizer> from_directory(const fs::path& given) {
 }
 
 std::unique_ptr<Tokenizer> from_model(const fs::path& path) {
-  const FileTexts files{{"tokenizer.model", read_all(path)}};
+  const TokenizerFiles files{{"tokenizer.model", read_all(path)}};
   return naming(path.string(), [&] { return tokenizer_from_hf(files); });
 }
 

@@ -92,7 +92,7 @@ void pad(std::int64_t vocab_size, GgufVocabulary& v) {
 
 GgufVocabulary bytes_vocabulary(const Tokenizer& tokenizer) {
   // As hf_tokenizer_files spells it.
-  const FileTexts files = hf_tokenizer_files(tokenizer, tokenizer.vocab_size());
+  const TokenizerFiles files = hf_tokenizer_files(tokenizer, tokenizer.vocab_size());
   const JsonTokenizer spelled(files);
   GgufVocabulary v{.model = "gpt2", .pre = "gpt-2", .tokens = spelled.spelling().tokens};
   v.types.assign(v.tokens.size(), Type::normal);
@@ -364,7 +364,7 @@ const KnownPreTokenizer& pre_named(const std::string& name) {
              excerpt(name), names);
 }
 
-std::unique_ptr<Tokenizer> packed(const std::string& kind, const FileTexts& files) {
+std::unique_ptr<Tokenizer> packed(const std::string& kind, const TokenizerFiles& files) {
   return load_tokenizer(kind, pack_tokenizer_files(files));
 }
 
@@ -425,13 +425,12 @@ std::unique_ptr<Tokenizer> sentencepiece_from(const Keys& keys) {
 }  // namespace
 
 std::vector<std::pair<std::string, GgufValue>> gguf_tokenizer_keys(const Tokenizer& tokenizer,
-                                                                   std::int64_t vocab_size,
-                                                                   const FileTexts& source) {
+                                                                   std::int64_t vocab_size) {
   ARCUS_REQUIRE(tokenizer.vocab_size() <= vocab_size, ExitCode::data,
                 "the tokenizer has {} ids, the model's vocabulary {}", tokenizer.vocab_size(),
                 vocab_size);
   GgufVocabulary v;
-  FileTexts files;
+  TokenizerFiles files;
   bool add_bos = false;
   if (const auto* json = dynamic_cast<const JsonTokenizer*>(&tokenizer)) {
     v = json_vocabulary(*json);
@@ -446,7 +445,6 @@ std::vector<std::pair<std::string, GgufValue>> gguf_tokenizer_keys(const Tokeniz
   } else {
     v = bytes_vocabulary(tokenizer);
   }
-  for (const auto& [name, text] : source) files[name] = text;
   const std::optional<std::int32_t> unk = v.unk;
   set_special_tokens(read_special_tokens(files), add_bos, v);
   if (!v.unk) v.unk = unk;

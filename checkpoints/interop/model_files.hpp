@@ -36,9 +36,6 @@ class ModelFiles {
 
   /// The tokenizer; null where they have none.
   std::unique_ptr<Tokenizer> tokenizer() const;
-  /// Files of a directory's tokenizer, verbatim.
-  const FileTexts& tokenizer_files() const { return tokenizer_files_; }
-  bool is_gguf() const { return gguf_ != nullptr; }
 
  private:
   struct Place {
@@ -66,7 +63,7 @@ class ModelFiles {
   std::vector<TensorSpec> specs_;
   std::map<std::string, TensorSpec> spec_of_;
   std::map<ModelUnit, Place> places_;
-  FileTexts tokenizer_files_;
+  TokenizerFiles tokenizer_files_;
 };
 
 }  // namespace arcus

@@ -18,12 +18,12 @@ constexpr const char* kEndOfText = "<|endoftext|>";
 
 // ------------------------------------------------------------------------------------ from files
 
-std::unique_ptr<Tokenizer> bundled(const std::string& kind, const FileTexts& files) {
+std::unique_ptr<Tokenizer> bundled(const std::string& kind, const TokenizerFiles& files) {
   return load_tokenizer(kind, pack_tokenizer_files(files));
 }
 
 /// What tokenizer_config.json names, or "".
-std::string config_text(const FileTexts& files, const char* key) {
+std::string config_text(const TokenizerFiles& files, const char* key) {
   const auto found = files.find("tokenizer_config.json");
   if (found == files.end()) return "";
   return json_text_or_none(found->first, parse_checked_json(found->first, found->second), key);
@@ -60,7 +60,7 @@ std::vector<std::string> read_vocab(const std::string& text) {
 }
 
 /// The added_tokens_decoder of tokenizer_config.json after (or among) the vocabulary's tokens.
-void read_added(const FileTexts& files, JsonVocabulary& vocabulary) {
+void read_added(const TokenizerFiles& files, JsonVocabulary& vocabulary) {
   const auto found = files.find("tokenizer_config.json");
   if (found == files.end()) return;
   const json root = parse_checked_json(found->first, found->second);
@@ -89,7 +89,7 @@ void read_added(const FileTexts& files, JsonVocabulary& vocabulary) {
 }
 
 /// A directory of before tokenizer.json: what its class means is known for two.
-std::unique_ptr<Tokenizer> from_vocab_and_merges(const FileTexts& files) {
+std::unique_ptr<Tokenizer> from_vocab_and_merges(const TokenizerFiles& files) {
   std::string type = config_text(files, "tokenizer_class");
   if (type.ends_with("Fast")) type.resize(type.size() - 4);
   ARCUS_REQUIRE(
@@ -106,7 +106,7 @@ std::unique_ptr<Tokenizer> from_vocab_and_merges(const FileTexts& files) {
   }
   vocabulary.nfc = type == "Qwen2Tokenizer";
   read_added(files, vocabulary);
-  FileTexts all = files;
+  TokenizerFiles all = files;
   all["tokenizer.json"] = tokenizer_json_text(vocabulary);
   return bundled("tokenizer_json", all);
 }
@@ -131,24 +131,24 @@ JsonVocabulary bytes_vocabulary() {
   return vocabulary;
 }
 
-FileTexts made_files(const JsonVocabulary& vocabulary, const TokenizerConfig& config) {
+TokenizerFiles made_files(const JsonVocabulary& vocabulary, const TokenizerConfig& config) {
   return {{"tokenizer.json", tokenizer_json_text(vocabulary)},
           {"tokenizer_config.json", tokenizer_config_text(config)},
           {"special_tokens_map.json", special_tokens_map_text(config)}};
 }
 
-FileTexts bytes_files(std::int64_t vocab_size) {
+TokenizerFiles bytes_files(std::int64_t vocab_size) {
   JsonVocabulary vocabulary = bytes_vocabulary();
   pad_vocabulary(vocab_size, vocabulary);
   return made_files(vocabulary, {.eos = kEndOfText, .arcus_kind = "bytes"});
 }
 
-FileTexts spm_files(const Tokenizer& tokenizer, std::int64_t vocab_size) {
+TokenizerFiles spm_files(const Tokenizer& tokenizer, std::int64_t vocab_size) {
   const std::string model = tokenizer.serialized();
   const SpmProto proto = read_spm_proto(model);
   JsonVocabulary vocabulary = json_vocabulary_of(proto);
   pad_vocabulary(vocab_size, vocabulary);
-  FileTexts files =
+  TokenizerFiles files =
       made_files(vocabulary, {.eos = proto.eos_piece, .unk = proto.unk_piece, .arcus_kind = "spm"});
   files["tokenizer.model"] = model;
   return files;
@@ -175,7 +175,7 @@ std::int64_t num_ids(const std::string& text) {
 
 /// The tokenizer of Arcus that the files were made from; null where there is none, or where
 /// somebody changed tokenizer.json since, which then counts.
-std::unique_ptr<Tokenizer> own_tokenizer(const FileTexts& files) {
+std::unique_ptr<Tokenizer> own_tokenizer(const TokenizerFiles& files) {
   const std::string kind = config_text(files, "arcus_kind");
   const bool spm = kind == "spm" && files.contains("tokenizer.model");
   if ((kind != "bytes" && !spm) || !files.contains("tokenizer.json")) return nullptr;
@@ -183,7 +183,7 @@ std::unique_ptr<Tokenizer> own_tokenizer(const FileTexts& files) {
   const std::int64_t ids = num_ids(files.at("tokenizer.json"));
   auto own = load_tokenizer(kind, spm ? files.at("tokenizer.model") : std::string());
   if (ids < own->vocab_size() || ids > kMostIds) return nullptr;
-  const FileTexts made = spm ? spm_files(*own, ids) : bytes_files(ids);
+  const TokenizerFiles made = spm ? spm_files(*own, ids) : bytes_files(ids);
   if (made.at("tokenizer.json") != files.at("tokenizer.json")) return nullptr;
   return own;
 }
@@ -198,8 +198,8 @@ const std::vector<std::string>& hf_tokenizer_file_names() {
   return names;
 }
 
-std::unique_ptr<Tokenizer> tokenizer_from_hf(const FileTexts& given) {
-  FileTexts files;
+std::unique_ptr<Tokenizer> tokenizer_from_hf(const TokenizerFiles& given) {
+  TokenizerFiles files;
   for (const std::string& name : hf_tokenizer_file_names()) {
     if (given.contains(name)) files[name] = given.at(name);
   }
@@ -215,21 +215,13 @@ std::unique_ptr<Tokenizer> tokenizer_from_hf(const FileTexts& given) {
   return nullptr;
 }
 
-FileTexts hf_tokenizer_files(const Tokenizer& tokenizer, std::int64_t vocab_size,
-                             const FileTexts& source) {
+TokenizerFiles hf_tokenizer_files(const Tokenizer& tokenizer, std::int64_t vocab_size) {
   ARCUS_REQUIRE(tokenizer.vocab_size() <= vocab_size, ExitCode::data,
                 "the tokenizer has {} ids, the model's vocabulary {}", tokenizer.vocab_size(),
                 vocab_size);
-  FileTexts files;
-  if (tokenizer.kind() == "bytes") {
-    files = bytes_files(vocab_size);
-  } else if (tokenizer.kind() == "spm") {
-    files = spm_files(tokenizer, vocab_size);
-  } else {
-    files = unpack_tokenizer_files(tokenizer.serialized());
-  }
-  for (const auto& [name, text] : source) files[name] = text;
-  return files;
+  if (tokenizer.kind() == "bytes") return bytes_files(vocab_size);
+  if (tokenizer.kind() == "spm") return spm_files(tokenizer, vocab_size);
+  return unpack_tokenizer_files(tokenizer.serialized());
 }
 
 }  // namespace arcus

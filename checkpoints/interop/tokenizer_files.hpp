@@ -8,11 +8,9 @@
 
 #include "checkpoints/interop/gguf.hpp"
 #include "src/data/tokenizer.hpp"
+#include "src/data/tokenizer_files.hpp"
 
 namespace arcus {
-
-/// Files of a tokenizer in a Hugging Face directory, by name.
-using FileTexts = std::map<std::string, std::string>;
 
 /// Ids that other programs make with these files are those of Arcus, for texts that they can tell
 /// apart:
@@ -26,20 +24,18 @@ using FileTexts = std::map<std::string, std::string>;
 
 /// What a Hugging Face directory says of its tokenizer: tokenizer.json, tokenizer_config.json,
 /// special_tokens_map.json, tokenizer.model, chat_template.jinja, vocab.json, merges.txt, as far as
-/// they are there. Files that `source` holds (those of an imported model) are kept verbatim; the
-/// rest is made from the tokenizer. Ids [tokenizer.vocab_size(), vocab_size) become [PADn].
-FileTexts hf_tokenizer_files(const Tokenizer& tokenizer, std::int64_t vocab_size,
-                             const FileTexts& source = {});
+/// they are there: those of an imported tokenizer verbatim. Ids [tokenizer.vocab_size(),
+/// vocab_size) become [PADn].
+TokenizerFiles hf_tokenizer_files(const Tokenizer& tokenizer, std::int64_t vocab_size);
 /// The same as GGUF keys (tokenizer.ggml.* and tokenizer.chat_template), in order.
 std::vector<std::pair<std::string, GgufValue>> gguf_tokenizer_keys(const Tokenizer& tokenizer,
-                                                                   std::int64_t vocab_size,
-                                                                   const FileTexts& source = {});
+                                                                   std::int64_t vocab_size);
 
 /// Names of tokenizer files that an import keeps, as far as a directory has them.
 const std::vector<std::string>& hf_tokenizer_file_names();
 /// The tokenizer of a Hugging Face directory, from its files; null where there is none. Throws
 /// (data) for one whose parts Arcus cannot do, naming them.
-std::unique_ptr<Tokenizer> tokenizer_from_hf(const FileTexts& files);
+std::unique_ptr<Tokenizer> tokenizer_from_hf(const TokenizerFiles& files);
 /// The tokenizer of a GGUF file; null where there is none (tokenizer.ggml.model "none").
 std::unique_ptr<Tokenizer> tokenizer_from_gguf(const GgufFile& file);
 

@@ -171,7 +171,7 @@ struct JsonTokenizer::Call {
   std::unique_ptr<Scratch> scratch{};
 };
 
-JsonTokenizer::JsonTokenizer(TokenizerFiles files) : files_(std::move(files)) {
+JsonTokenizer::JsonTokenizer(TokenizerFiles files) : ImportedTokenizer(std::move(files)) {
   const auto found = files_.find(kFile);
   ARCUS_REQUIRE(found != files_.end(), ExitCode::data, "there is no {}", kFile);
   const Model model(found->second);
@@ -496,16 +496,6 @@ void JsonTokenizer::encode_word(std::string_view word, Call& call) const {
     }
   }
   bpe_->encode(word, *call.scratch, call.ids);
-}
-
-std::string JsonTokenizer::token_text(std::int32_t id) const {
-  ARCUS_CHECK(id >= 0 && id < vocab_size(), "token {} is outside the vocabulary of {}", id,
-              vocab_size());
-  return texts_[static_cast<std::size_t>(id)];
-}
-
-std::int64_t JsonTokenizer::token_bytes(std::int32_t id) const {
-  return static_cast<std::int64_t>(token_text(id).size());
 }
 
 std::string JsonTokenizer::decode(const std::vector<std::int32_t>& ids) const {

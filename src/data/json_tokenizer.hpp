@@ -8,35 +8,28 @@
 
 #include "src/data/added_tokens.hpp"
 #include "src/data/bpe_model.hpp"
+#include "src/data/imported_tokenizer.hpp"
 #include "src/data/normalizer.hpp"
 #include "src/data/pre_tokenizer.hpp"
-#include "src/data/tokenizer.hpp"
-#include "src/data/tokenizer_files.hpp"
 
 namespace arcus {
 
 /// A Hugging Face tokenizer.json of model type BPE, byte-level (GPT-2, Qwen, Llama 3) or with byte
 /// fallback (Llama 2, Mixtral). Ids equal those of the Python package `tokenizers` without special
 /// tokens around the text. The post-processor is kept and not applied.
-class JsonTokenizer final : public Tokenizer {
+class JsonTokenizer final : public ImportedTokenizer {
  public:
   /// `files` has tokenizer.json and what names the special tokens. Throws (data) naming the part
   /// that is wrong or not supported.
   explicit JsonTokenizer(TokenizerFiles files);
   ~JsonTokenizer() override;
 
-  std::int64_t vocab_size() const override { return static_cast<std::int64_t>(texts_.size()); }
-  std::int32_t eos_id() const override { return eos_id_; }
   void encode(std::string_view text, std::vector<std::int32_t>& ids) const override;
   void encode_rest(std::string_view text, std::vector<std::int32_t>& ids) const override;
   void encode_marked(std::string_view text, std::vector<std::int32_t>& ids) const override;
   std::size_t cut(std::string_view text, std::size_t target) const override;
   std::string decode(const std::vector<std::int32_t>& ids) const override;
-  std::string token_text(std::int32_t id) const override;
-  std::int64_t token_bytes(std::int32_t id) const override;
   std::string kind() const override { return "tokenizer_json"; }
-  std::string serialized() const override { return pack_tokenizer_files(files_); }
-  const TokenizerFiles& files() const { return files_; }
 
   /// The tokenizer as its file spells it, for what writes it in another format.
   struct Spelling {
@@ -77,9 +70,6 @@ class JsonTokenizer final : public Tokenizer {
   void encode_word(std::string_view word, Call& call) const;
   bool may_cut(std::string_view text, std::size_t at) const;
 
-  TokenizerFiles files_;
-  std::vector<std::string> texts_;  ///< what each id decodes to
-  std::vector<AddedToken> added_;
   AddedTokenFinder in_text_, in_normalized_;
   Normalizer normalizer_;
   PreTokenizer pre_tokenizer_;
@@ -88,7 +78,6 @@ class JsonTokenizer final : public Tokenizer {
   bool byte_level_ = false;
   bool safe_cuts_ = false;
   std::size_t stripped_blanks_ = 0;  ///< of a decoded text's begin
-  std::int32_t eos_id_ = -1;
   mutable std::mutex mutex_;
   mutable std::vector<std::unique_ptr<Scratch>> scratch_;
 };

@@ -39,7 +39,8 @@ std::int32_t added_id(const std::string& file, std::int64_t id, std::size_t piec
 
 }  // namespace
 
-SentencePieceTokenizer::SentencePieceTokenizer(TokenizerFiles files) : files_(std::move(files)) {
+SentencePieceTokenizer::SentencePieceTokenizer(TokenizerFiles files)
+    : ImportedTokenizer(std::move(files)) {
   const auto found = files_.find(kFile);
   ARCUS_REQUIRE(found != files_.end(), ExitCode::data, "there is no {}", kFile);
   proto_ = read_spm_proto(found->second);
@@ -249,16 +250,6 @@ void SentencePieceTokenizer::encode_plain(std::string_view text, bool first,
   const auto status = (first ? first_ : rest_)->Encode(view(text), &found);
   ARCUS_CHECK(status.ok(), "SentencePiece cannot encode: {}", status.ToString());
   ids.insert(ids.end(), found.begin(), found.end());
-}
-
-std::string SentencePieceTokenizer::token_text(std::int32_t id) const {
-  ARCUS_CHECK(id >= 0 && id < vocab_size(), "token {} is outside the vocabulary of {}", id,
-              vocab_size());
-  return texts_[static_cast<std::size_t>(id)];
-}
-
-std::int64_t SentencePieceTokenizer::token_bytes(std::int32_t id) const {
-  return static_cast<std::int64_t>(token_text(id).size());
 }
 
 std::string SentencePieceTokenizer::decode(const std::vector<std::int32_t>& ids) const {

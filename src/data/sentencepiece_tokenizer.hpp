@@ -8,9 +8,8 @@
 
 #include "src/data/added_tokens.hpp"
 #include "src/data/bpe_model.hpp"
+#include "src/data/imported_tokenizer.hpp"
 #include "src/data/spm_proto.hpp"
-#include "src/data/tokenizer.hpp"
-#include "src/data/tokenizer_files.hpp"
 
 namespace sentencepiece {
 class SentencePieceProcessor;
@@ -22,23 +21,17 @@ namespace arcus {
 /// with its rules for characters, and a blank in front of a text if it says so. It must have byte
 /// fallback. Bytes that are no UTF-8, and NUL, are spelled in byte pieces around the library. Added
 /// tokens are those of tokenizer_config.json and added_tokens.json.
-class SentencePieceTokenizer final : public Tokenizer {
+class SentencePieceTokenizer final : public ImportedTokenizer {
  public:
   explicit SentencePieceTokenizer(TokenizerFiles files);
   ~SentencePieceTokenizer() override;
 
-  std::int64_t vocab_size() const override { return static_cast<std::int64_t>(texts_.size()); }
-  std::int32_t eos_id() const override { return eos_id_; }
   void encode(std::string_view text, std::vector<std::int32_t>& ids) const override;
   void encode_rest(std::string_view text, std::vector<std::int32_t>& ids) const override;
   void encode_marked(std::string_view text, std::vector<std::int32_t>& ids) const override;
   std::size_t cut(std::string_view text, std::size_t target) const override;
   std::string decode(const std::vector<std::int32_t>& ids) const override;
-  std::string token_text(std::int32_t id) const override;
-  std::int64_t token_bytes(std::int32_t id) const override;
   std::string kind() const override { return "sentencepiece"; }
-  std::string serialized() const override { return pack_tokenizer_files(files_); }
-  const TokenizerFiles& files() const { return files_; }
   const SpmProto& proto() const { return proto_; }
   /// All of them, also those that are pieces.
   const std::vector<AddedToken>& added() const { return added_; }
@@ -54,17 +47,13 @@ class SentencePieceTokenizer final : public Tokenizer {
   void encode_parts(std::string_view text, bool first, std::vector<std::int32_t>& ids) const;
   void encode_plain(std::string_view text, bool first, std::vector<std::int32_t>& ids) const;
 
-  TokenizerFiles files_;
   SpmProto proto_;
   /// As it is, and for what follows other text.
   std::unique_ptr<sentencepiece::SentencePieceProcessor> first_, rest_;
-  std::vector<std::string> texts_;  ///< what each id decodes to
   std::array<std::int32_t, 256> byte_ids_{};
-  std::vector<AddedToken> added_;
   AddedTokenFinder finder_;
   CharacterJoins joins_;
   bool safe_cuts_ = false;
-  std::int32_t eos_id_ = -1;
 };
 
 }  // namespace arcus
